@@ -1,0 +1,116 @@
+"""Fills the generated parts of the docs: the tree and commands from captions, the shape legend, tables of measured numbers.
+
+A block stands between `<!-- NAME -->` and `<!-- end -->`. Names: tree, commands, legend, bench:SUITE and bench:SUITE/START, which show
+the rows of bench/results.jsonl of that suite, or those whose metric begins so. `python -m dev.blocks` (make docs) rewrites the files; a
+test fails when one differs from what this would write.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from qvl.commands import cli
+from qvl.core.legend import LEGEND
+from qvl.core.log import read_jsonl
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOORS = (
+    ("commands",),
+    ("recipes",),
+    ("serve", "eval"),
+    ("posttrain",),
+    ("train", "agent"),
+    ("engine", "parallel", "curate"),
+    ("data", "worlds", "scoring"),
+    ("prompt", "show"),
+    ("model", "outside"),
+    ("core",),
+)
+_BLOCK = re.compile(r"(<!-- (tree|commands|legend|bench:[^>\n]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def main() -> None:
+    for file in documents():
+        text = file.read_text(encoding="utf-8")
+        if (new := filled(text)) != text:
+            file.write_text(new, encoding="utf-8")
+            print(f"filled {file.relative_to(ROOT)}")
+
+
+def documents() -> list[Path]:
+    """The pages that may hold blocks."""
+    return sorted(
+        [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("dev/**/*.md"), *ROOT.glob("bench/**/*.md")]
+    )
+
+
+def filled(text: str) -> str:
+    """A page with every block made anew."""
+    return _BLOCK.sub(lambda match: f"{match[1]}{block(match[2])}\n{match[3]}", text)
+
+
+def block(name: str) -> str:
+    """The text that belongs into the block of this name."""
+    if name == "tree":
+        return tree()
+    if name == "commands":
+        return _table(
+            ("command", "what it does"), [(f"`qvl {n.replace('_', '-')}`", c) for n, c in cli.commands().items()]
+        )
+    if name == "legend":
+        return _table(("letter", "axis"), [(f"`{letter}`", meaning) for letter, meaning in LEGEND.items()])
+    return bench(name.removeprefix("bench:"), read_jsonl(ROOT / "bench" / "results.jsonl"))
+
+
+def tree() -> str:
+    """The package as captions: floors from the top down, a room's files in alphabetical order."""
+    lines = [_line("qvl/", ROOT / "qvl" / "__init__.py", 0)]
+    for number, rooms in reversed(list(enumerate(reversed(FLOORS)))):
+        for room in rooms:
+            folder = ROOT / "qvl" / room
+            if (folder / "__init__.py").exists():
+                lines += ["", _line(f"{number} {room}/", folder / "__init__.py", 2), *_inside(folder, 4)]
+    return "\n".join(["```", *lines, "```"])
+
+
+def _inside(folder: Path, indent: int) -> list[str]:
+    lines = [_line(file.name, file, indent) for file in sorted(folder.glob("*.py")) if file.name != "__init__.py"]
+    for inner in sorted(path.parent for path in folder.glob("*/__init__.py")):
+        lines += [_line(f"{inner.name}/", inner / "__init__.py", indent), *_inside(inner, indent + 2)]
+    return lines
+
+
+def _line(name: str, file: Path, indent: int) -> str:
+    return f"{' ' * indent}{name:<{22 - indent}} {cli.caption(file)}"
+
+
+def bench(name: str, rows: list[dict[str, Any]]) -> str:
+    """The newest row of each measurement on each machine as a table; without rows, a line that says so."""
+    newest: dict[tuple[str, ...], dict[str, Any]] = {}
+    for row in rows:  # rows stand in the order in which they were measured
+        if row["suite"] == name or f"{row['suite']}/{row['metric']}".startswith(name):
+            newest[row["metric"], row["shape"], row["machine"], str(row["threads"])] = row
+    if not newest:
+        return f"No rows of `{name}` yet; `make bench` measures them."
+    head = ("what", "shape", "qvl", "peer", "peer / qvl", "peer is", "machine", "threads", "date", "commit")
+    cells = [
+        (
+            row["metric"],
+            row["shape"],
+            f"{row['value']:.4g} {row['unit']}",
+            f"{row['peer_value']:.4g} {row['unit']}",
+            f"{row['ratio']:.2f}",
+            *(str(row[key]) for key in ("peer", "machine", "threads", "date", "commit")),
+        )
+        for _, row in sorted(newest.items())
+    ]
+    return _table(head, cells)
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    main()

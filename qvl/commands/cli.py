@@ -1,0 +1,204 @@
+"""`qvl COMMAND ...`: finds the commands, reads flags and YAML into their dataclasses, turns bad input into one sentence.
+
+A command is a file beside this one. Its caption is its line in `qvl --help`. It holds a frozen keyword-only dataclass named as the
+file in CamelCase and `run(args) -> int | None`. It may also hold `parse(argv, read) -> args` where flags need more than tyro knows:
+`read(argv)` reads the rest into the dataclass, with the defaults a --config file gave; see `take_in_order`.
+"""
+
+import ast
+import dataclasses
+import importlib
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+import yaml
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import qvl
+from qvl.core import config, log
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "use": ("generate", "chat", "serve"),
+    "learn": ("train", "ablate", "plan"),
+    "data": ("import", "index", "preview", "stats", "verify", "build", "filter"),
+    "measure": ("eval", "bench"),
+    "inside": ("init", "convert", "inspect", "parity", "logits", "doctor"),
+}
+EVERYWHERE = """Every command also takes
+  --config FILE.yaml   defaults from a file; flags win over it
+  --print-config       print what would run as YAML, and stop
+  --traceback          show where in the code bad input was found"""
+C = TypeVar("C")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. 0 for done, 2 for input it cannot take, 130 for Ctrl-C; an error nobody foresaw keeps its traceback."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    traceback = "--traceback" in argv
+    argv = [a for a in argv if a != "--traceback"]
+    try:
+        return _run(argv) or 0
+    except BrokenPipeError:  # the reader went away: qvl ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, OSError) as error:
+        if traceback:
+            raise
+        print(f"qvl: {_sentence(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("qvl: stopped", file=sys.stderr)
+        return 130
+
+
+def _run(argv: list[str]) -> int | None:
+    if not argv or argv[0] in ("--help", "-h", "help"):
+        _print_help()
+        return 0
+    if argv[0] == "--version":
+        print(f"qvl {qvl.__version__}")
+        return 0
+    captions = commands()
+    name = argv[0].replace("-", "_")
+    if name not in captions:
+        known = [n.replace("_", "-") for n in captions]
+        raise ValueError(f"there is no command {argv[0]!r}{config.near_miss(argv[0], known)}; qvl --help lists them")
+    log.set_up()
+    module = importlib.import_module(f"qvl.commands.{name}")
+    cls = getattr(module, "".join(part.capitalize() for part in name.split("_")))
+    about = "\n\n".join((captions[name], (cls.__doc__ or "").strip(), EVERYWHERE))
+    args, only_print = _read(argv[0], about, cls, argv[1:], getattr(module, "parse", None))
+    if only_print:
+        print(dump_yaml(args), end="")
+        return 0
+    return module.run(args)
+
+
+def commands() -> dict[str, str]:
+    """Name -> caption of every command, in the order of the groups, read from the files without importing them."""
+    files = {p.stem: p for p in Path(__file__).parent.glob("*.py") if p.stem not in ("__init__", "cli")}
+    order = [name for names in GROUPS.values() for name in names]
+    names = sorted(files, key=lambda name: (order.index(name) if name in order else len(order), name))
+    return {name: caption(files[name]).removeprefix(f"qvl {name}: ") for name in names}
+
+
+def caption(file: Path) -> str:
+    """The first line of a file's docstring."""
+    text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    return text.partition("\n")[0]
+
+
+def take_in_order(argv: Sequence[str], names: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Takes `--image A --video B --image C` out of argv, keeping their order: ([("image", "A"), ...], what is left)."""
+    taken: list[tuple[str, str]] = []
+    left: list[str] = []
+    words = iter(argv)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag.removeprefix("--") not in names or not flag.startswith("--"):
+            left.append(word)
+            continue
+        if not equals:
+            value = next(words, "--")
+            if value.startswith("--"):
+                raise ValueError(f"{flag} stands without a value; write {flag} VALUE")
+        taken.append((flag.removeprefix("--"), value))
+    return taken, left
+
+
+def _read(name: str, about: str, cls: type[C], argv: list[str], parse: Callable[..., C] | None) -> tuple[C, bool]:
+    """The command's arguments, and whether only to print them."""
+    if clash := {"config", "print_config", "traceback", "help"} & {f.name for f in dataclasses.fields(cls)}:  # type: ignore[arg-type]
+        raise TypeError(f"{cls.__name__} has a field {', '.join(clash)}, which every command has already")
+    only_print = "--print-config" in argv
+    files, argv = take_in_order([a for a in argv if a != "--print-config"], ("config",))
+    if len(files) > 1:
+        raise ValueError(f"--config is given {len(files)} times; give one file")
+    default = load_yaml(cls, Path(files[0][1]), missing=tyro.MISSING_NONPROP) if files else tyro.MISSING_NONPROP
+
+    def read(rest: Sequence[str]) -> C:
+        return tyro.cli(cls, prog=f"qvl {name}", description=about, args=list(rest), default=default)
+
+    return (parse(argv, read) if parse else read(argv)), only_print
+
+
+def load_yaml(cls: type[C], path: Path, *, missing: Any = config.REQUIRED) -> C:
+    """A config from a YAML file; `missing` as in config.from_dict."""
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    return config.from_dict(cls, {} if data is None else data, where=str(path), missing=missing)
+
+
+def dump_yaml(args: Any) -> str:
+    """A config as YAML that `load_yaml` reads back to an equal one."""
+    return yaml.dump(config.to_dict(args), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars. PyYAML's own (1.1) read 1e-4 as text, 1:30 as 90, 010 as 8, `no` as false and a date as a date."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [k for i, k in enumerate(keys) if k in keys[:i]]:
+            raise yaml.YAMLError(f"key {twice[0]!r} stands twice, line {node.start_mark.line + 1} and on")
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes text in quotes where `_Loader` would read something else."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        # Unicode's own line ends would be read back as spaces; only double quotes escape them.
+        style = '"' if any(c in data for c in "\x85\u2028\u2029") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+_SCALARS = {
+    "tag:yaml.org,2002:bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "tag:yaml.org,2002:null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "tag:yaml.org,2002:int": (r"[-+]?(0|[1-9][0-9_]*)|0x[0-9a-fA-F]+", "-+0123456789"),
+    "tag:yaml.org,2002:float": (
+        r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+    "tag:yaml.org,2002:merge": (r"<<", "<"),
+}
+for _class in (_Loader, _Dumper):
+    _class.yaml_implicit_resolvers = {}
+    for _tag, (_pattern, _first) in _SCALARS.items():
+        _class.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), list(_first))
+
+
+def _print_help() -> None:
+    console = Console(highlight=False)
+    console.print(f"[bold]qvl[/] {qvl.__version__}: the whole Qwen3-VL system in one readable package\n")
+    console.print("usage: qvl COMMAND [FLAGS]      qvl COMMAND --help explains its flags\n", markup=False)
+    captions = commands()
+    grouped = {name for names in GROUPS.values() for name in names}
+    for group, names in {**GROUPS, "more": tuple(n for n in captions if n not in grouped)}.items():
+        table = Table.grid(padding=(0, 2))
+        table.add_column(min_width=10, style="cyan", no_wrap=True)
+        for name in names:
+            if name in captions:
+                table.add_row("  " + name.replace("_", "-"), escape(captions[name]))
+        if table.row_count:
+            console.print(group, style="bold")
+            console.print(table)
+    console.print(f"\n{EVERYWHERE}", markup=False)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        names = " -> ".join(str(n) for n in (error.filename, error.filename2) if n is not None)
+        return f"{names}: {error.strerror.lower()}" if names else error.strerror
+    return str(error) or type(error).__name__

@@ -1,0 +1,1 @@
+"""What every room shares: the shape legend, Batch, config, logging, device facts."""

@@ -1,0 +1,1 @@
+"""The only door to the outside world: network, processes, sandbox, hub names."""
