@@ -1,0 +1,1 @@
+"""The network: read qwen3vl.py first, then decoder, attention, vision."""

@@ -1,0 +1,208 @@
+"""The vision tower: native-resolution patches of all images and frames in one packed call."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qvl.model.attention import Layout, Packed
+from qvl.model.config import VisionConfig
+from qvl.model.merger import Merger
+
+
+@dataclass(frozen=True)
+class VisualFeatures:
+    merged_MD: Tensor
+    """What takes the placeholders' place."""
+    deepstack: tuple[Tensor, ...]
+    """One (M, D) tensor for each DeepStack level."""
+
+
+@dataclass(frozen=True)
+class PatchPlaces:
+    """Where each patch stands inside its frame. Frames of a video share places: time is not encoded here (report 2)."""
+
+    row_P: Tensor
+    column_P: Tensor
+    height_P: Tensor
+    """Patch rows of the frame that the patch belongs to."""
+    width_P: Tensor
+
+
+class PatchEmbed(nn.Module):
+    """A linear map of the raw patch: the checkpoint's Conv3d, whose stride is its kernel, by reshape (Conv3d itself is far slower)."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.proj = nn.Linear(config.patch_numbers, config.hidden_size)
+
+    def forward(self, patch_PX: Tensor) -> Tensor:
+        return self.proj(patch_PX.to(self.proj.weight.dtype))
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x_PC: Tensor, cos_PH: Tensor, sin_PH: Tensor, layout: Layout) -> Tensor:
+        q_PNH, k_PNH, v_PNH = self.qkv(x_PC).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
+        q_PNH, k_PNH = _rotate_fp32(q_PNH, cos_PH, sin_PH), _rotate_fp32(k_PNH, cos_PH, sin_PH)
+        return self.proj(layout.attend(q_PNH, k_PNH, v_PNH, layer=0).flatten(-2))
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.linear_fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.linear_fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x_PC: Tensor) -> Tensor:
+        return self.linear_fc2(F.gelu(self.linear_fc1(x_PC), approximate="tanh"))
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=1e-6)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=1e-6)
+        self.attn = VisionAttention(config)
+        self.mlp = VisionMLP(config)
+
+    def forward(self, x_PC: Tensor, cos_PH: Tensor, sin_PH: Tensor, layout: Layout) -> Tensor:
+        x_PC = x_PC + self.attn(self.norm1(x_PC), cos_PH, sin_PH, layout)
+        return x_PC + self.mlp(self.norm2(x_PC))
+
+
+class Vision(nn.Module):
+    """Patch embedding + interpolated position table, blocks with 2D-RoPE and full attention inside each frame, mergers."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config)
+        self.pos_embed = nn.Embedding(config.num_position_embeddings, config.hidden_size)
+        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
+        self.merger = Merger(config, is_post_shuffle=False)
+        self.deepstack_merger_list = nn.ModuleList(
+            Merger(config, is_post_shuffle=True) for _ in config.deepstack_visual_indexes
+        )
+
+    def forward(
+        self,
+        patch_PX: Tensor,
+        grid_I3: Tensor,
+        frame_lengths: tuple[int, ...],
+        *,
+        max_patches: int | None = None,
+        kernel: str | None = None,
+    ) -> VisualFeatures:
+        """`max_patches` runs whole frames in chunks of at most that many patches (a larger frame alone), to bound memory.
+
+        Frames do not see each other, so chunking changes nothing but the memory.
+        """
+        if sum(frame_lengths) != patch_PX.shape[0]:
+            raise ValueError(f"{patch_PX.shape[0]} patches came, but the grids say {sum(frame_lengths)}.")
+        places = patch_places(grid_I3, frame_lengths, self.config.spatial_merge_size)
+        chunks = [frame_lengths] if max_patches is None else frame_chunks(frame_lengths, max_patches)
+        features, start = [], 0
+        for chunk in chunks:
+            rows = slice(start, start + sum(chunk))
+            local = PatchPlaces(places.row_P[rows], places.column_P[rows], places.height_P[rows], places.width_P[rows])
+            features.append(self._encode(patch_PX[rows], local, Packed(chunk, is_causal=False, kernel=kernel)))
+            start = rows.stop
+        if len(features) == 1:
+            return features[0]
+        levels = zip(*(f.deepstack for f in features), strict=True)
+        return VisualFeatures(torch.cat([f.merged_MD for f in features]), tuple(torch.cat(level) for level in levels))
+
+    def _encode(self, patch_PX: Tensor, places: PatchPlaces, layout: Layout) -> VisualFeatures:
+        x_PC = self.patch_embed(patch_PX)
+        x_PC = x_PC + interpolate_table(self.pos_embed.weight, places).to(x_PC.dtype)
+        cos_PH, sin_PH = rotary_2d(places, self.config.head_dim)
+        deepstack = []
+        for index, block in enumerate(self.blocks):
+            x_PC = block(x_PC, cos_PH, sin_PH, layout)
+            if index in self.config.deepstack_visual_indexes:
+                level = self.config.deepstack_visual_indexes.index(index)
+                deepstack.append(self.deepstack_merger_list[level](x_PC))
+        return VisualFeatures(self.merger(x_PC), tuple(deepstack))
+
+
+def patch_places(grid_I3: Tensor, frame_lengths: tuple[int, ...], merge: int) -> PatchPlaces:
+    """Row, column and frame size of every patch, in merge-block order (h/m, w/m, m, m), without a loop over images."""
+    num_frames, num_patches = len(frame_lengths), sum(frame_lengths)
+    # output_size tells repeat_interleave the answer's length, so the device is never asked for it
+    frame_hw = torch.repeat_interleave(grid_I3[:, 1:], grid_I3[:, 0], dim=0, output_size=num_frames)
+    area = frame_hw.prod(1)
+    first = area.cumsum(0) - area
+    frame_P = torch.repeat_interleave(torch.arange(num_frames, device=grid_I3.device), area, output_size=num_patches)
+    height_P, width_P = frame_hw[frame_P].unbind(1)
+    index_P = torch.arange(num_patches, device=grid_I3.device) - first[frame_P]
+    block_P, inside_P = index_P // merge**2, index_P % merge**2
+    blocks_across_P = width_P // merge
+    row_P = block_P // blocks_across_P * merge + inside_P // merge
+    column_P = block_P % blocks_across_P * merge + inside_P % merge
+    return PatchPlaces(row_P, column_P, height_P, width_P)
+
+
+def interpolate_table(table: Tensor, places: PatchPlaces) -> Tensor:
+    """The square position table read bilinearly with aligned corners: four taps a patch, fp32 weights and sum (P, C)."""
+    side = round(table.shape[0] ** 0.5)
+    low_row_P, high_row_P, row_part_P = _taps(places.row_P, places.height_P, side)
+    low_column_P, high_column_P, column_part_P = _taps(places.column_P, places.width_P, side)
+    out_PC = torch.zeros((), device=table.device)
+    for row_P, row_weight_P in ((low_row_P, 1 - row_part_P), (high_row_P, row_part_P)):
+        for column_P, column_weight_P in ((low_column_P, 1 - column_part_P), (high_column_P, column_part_P)):
+            out_PC = out_PC + table[row_P * side + column_P] * (row_weight_P * column_weight_P)[:, None]
+    return out_PC
+
+
+def _taps(place_P: Tensor, count_P: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A patch at `place` of `count` lies at place * (side-1) / (count-1) on the table: neighbours below and above, and the part of the way."""
+    at_P = place_P * (side - 1) / (count_P - 1).clamp(min=1)
+    low_P = at_P.long()
+    return low_P, (low_P + 1).clamp(max=side - 1), at_P - low_P
+
+
+def rotary_2d(places: PatchPlaces, head_dim: int) -> tuple[Tensor, Tensor]:
+    """fp32 (cos_PH, sin_PH): the first quarter of the frequencies turns with the row, the second with the column, then both again."""
+    quarter = torch.arange(0, head_dim // 2, 2, dtype=torch.float32, device=places.row_P.device)
+    inverse = 1.0 / (10000.0 ** (quarter / (head_dim // 2)))
+    angle_PH = torch.cat((places.row_P[:, None] * inverse, places.column_P[:, None] * inverse), dim=-1)
+    angle_PH = torch.cat((angle_PH, angle_PH), dim=-1)
+    return angle_PH.cos(), angle_PH.sin()
+
+
+def _rotate_fp32(x_PNH: Tensor, cos_PH: Tensor, sin_PH: Tensor) -> Tensor:
+    """Rotate-half in fp32 whatever the tower's dtype, cast back at the end (the decoder casts cos and sin instead)."""
+    a, b = x_PNH.float().chunk(2, dim=-1)
+    half = a.shape[-1]
+    cos, sin = cos_PH[:, None, :half], sin_PH[:, None, :half]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_PNH.dtype)
+
+
+def frame_chunks(frame_lengths: tuple[int, ...], max_patches: int) -> list[tuple[int, ...]]:
+    """Neighbouring frames grouped so that no group but a lone large frame exceeds max_patches."""
+    groups: list[list[int]] = []
+    for length in frame_lengths:
+        if groups and sum(groups[-1]) + length <= max_patches:
+            groups[-1].append(length)
+        else:
+            groups.append([length])
+    return [tuple(group) for group in groups]
+
+
+def sincos_table(side: int, width: int) -> Tensor:
+    """A fixed 2-D sine-cosine table at content scale (ViT from scratch, arXiv 2205.01580), (side * side, C)."""
+    if width % 4:
+        raise ValueError(f"a sine-cosine position table needs a width divisible by 4, got {width}.")
+    frequency = 1.0 / (10000.0 ** (torch.arange(width // 4, dtype=torch.float32) / (width // 4)))
+    angle = torch.arange(side, dtype=torch.float32)[:, None] * frequency
+    one_axis = torch.cat((angle.sin(), angle.cos()), dim=-1)
+    rows = one_axis[:, None].expand(side, side, -1)
+    columns = one_axis[None, :].expand(side, side, -1)
+    return torch.cat((rows, columns), dim=-1).reshape(side * side, width)
