@@ -1,0 +1,39 @@
+"""qvl convert: rewrite a checkpoint folder in the hub's layout or transformers 5's, in another dtype or shard size."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from qvl.model.weights import load, save
+from qvl.outside.hub import resolve
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Tokenizer, template and processor files are copied through unchanged."""
+
+    model: str
+    """Checkpoint folder, or a name on the hub."""
+    out: Path
+    """Folder to write; made if missing, its old weights replaced."""
+    layout: Literal["hub", "v5"] = "hub"
+    """How experts and config fields are spelled: as the official files, or as transformers 5 writes them."""
+    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    """What the weights are stored in."""
+    max_shard_gb: float = 5.0
+    """Largest size of one weight file, in GB (10^9 bytes)."""
+    expert_layout: Literal["hub", "v5"] | None = None
+    """Layout of the source's expert weights; needed only when they are square."""
+
+
+def run(args: Convert) -> None:
+    if args.max_shard_gb <= 0:
+        raise ValueError(f"max_shard_gb is {args.max_shard_gb}; it must be above 0.")
+    source = resolve(args.model)
+    if args.out.resolve() == source.resolve():
+        raise ValueError(f"{args.out} is the source folder; write to another one.")
+    model = load(source, dtype=getattr(torch, args.dtype), expert_layout=args.expert_layout)
+    save(model, args.out, layout=args.layout, max_shard_bytes=int(args.max_shard_gb * 1e9), companions=source)
+    print(f"wrote {args.out} ({args.layout} layout, {args.dtype})")

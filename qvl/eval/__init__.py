@@ -1,0 +1,1 @@
+"""Measuring: the network against its reference, later benchmarks as small task files."""
