@@ -1,0 +1,50 @@
+"""python -m bench [SUITE ...] [--threads N] [--rounds N] [--keep]: measure, print, and with --keep append to results.jsonl."""
+
+import argparse
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench import network
+from bench.rows import Row, append
+
+SUITES = {"network": network.rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "suites", nargs="*", default=list(SUITES), help=f"of {', '.join(SUITES)}; all when none is named"
+    )
+    parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 leaves torch's own choice")
+    parser.add_argument("--rounds", type=int, default=7, help="paired rounds for each row")
+    parser.add_argument("--keep", action="store_true", help="append the rows to bench/results.jsonl")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    rows = [row for name in args.suites for row in SUITES[name](rounds=args.rounds)]
+    show(rows)
+    if args.keep:
+        append(rows)
+
+
+def show(rows: list[Row]) -> None:
+    table = Table(title=f"{rows[0].threads} threads, {rows[0].rounds} paired rounds, medians")
+    for name in ("row", "ours", "peer", "peer / ours", "floor", "of the floor", "peer is"):
+        table.add_column(name, justify="left" if name in ("row", "peer is") else "right")
+    for r in rows:
+        table.add_row(
+            r.metric,
+            f"{r.value:.4g} {r.unit}",
+            f"{r.peer_value:.4g} {r.unit}",
+            f"{r.ratio:.2f}",
+            f"{r.limit:.4g} {r.unit}",
+            f"{r.limit / r.value:.0%}",
+            r.peer,
+        )
+    Console(width=160).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""One measured row: our time, the peer's in the same run, and the floor that physics sets."""
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from qvl.core.device import facts
+
+RESULTS = Path(__file__).parent / "results.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    suite: str
+    metric: str
+    value: float
+    """Our median, in `unit`."""
+    unit: str
+    peer: str
+    """Name, version and setting of what ran beside us."""
+    peer_value: float
+    ratio: float
+    """Median over rounds of peer time / our time: above 1 we are faster."""
+    limit: float
+    """The floor in `unit`: the row's FLOPs at the matmul rate measured in this run."""
+    limit_is: str
+    shape: str
+    threads: int
+    rounds: int
+    command: str
+
+
+def matmul_rate(dtype: torch.dtype, device: str = "cpu") -> float:
+    """FLOP/s of a plain square matmul, best of five."""
+    size = 2048 if device == "cpu" else 8192
+    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    best = min(seconds(lambda: a @ b, device) for _ in range(6))
+    return 2 * size**3 / best
+
+
+def seconds(work: Callable[[], object], device: str = "cpu") -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def in_turn(
+    ours: Callable[[], object], theirs: Callable[[], object], rounds: int, device: str = "cpu"
+) -> tuple[float, float, float]:
+    """(our median, their median, median of their/our), the two run in turn so that a drifting machine hits both."""
+    ours(), theirs()
+    pairs = [(seconds(ours, device), seconds(theirs, device)) for _ in range(rounds)]
+    return (
+        statistics.median(a for a, _ in pairs),
+        statistics.median(b for _, b in pairs),
+        statistics.median(b / a for a, b in pairs),
+    )
+
+
+def append(rows: list[Row]) -> None:
+    """Add rows with date, commit, machine and versions."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    stamp = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "commit": commit,
+        "machine": facts().cpu_name if not torch.cuda.is_available() else torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    with RESULTS.open("a", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(stamp | asdict(row)) + "\n")
