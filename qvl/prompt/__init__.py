@@ -1,0 +1,1 @@
+"""A conversation becomes ids and patches here, and ids become a message again."""

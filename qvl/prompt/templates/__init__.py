@@ -1,0 +1,1 @@
+"""The chat templates as Jinja text, for exported folders."""
