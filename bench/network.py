@@ -23,7 +23,8 @@ def rows(rounds: int = 7, device: str = "cpu", size: str = "0.2B") -> list[Row]:
     config = preset(size)
     dtype = torch.bfloat16
     ours = new_model(config, dtype=dtype, device=device)
-    theirs = same_in_transformers(ours).to(device)
+    theirs = same_in_transformers(ours)
+    theirs.to(torch.device(device))  # type: ignore[arg-type]
     make = partial(_row, rounds=rounds, device=device, size=size, rate=matmul_rate(dtype, device))
     return [
         *(encode_row(ours, theirs, name, grid, make) for name, grid in ENCODE.items()),
@@ -136,11 +137,9 @@ def _row(metric: str, ours, theirs, *, flops: int, rounds: int, device: str, siz
 def same_in_transformers(ours: Qwen3VL) -> transformers.PreTrainedModel:
     """transformers' model with our weights, in its default attention (sdpa)."""
     raw = config_to_hf(ours.config, layout="v5")
-    is_moe = ours.config.text.moe is not None
-    config = (transformers.Qwen3VLMoeConfig if is_moe else transformers.Qwen3VLConfig)(**raw)
+    config = transformers.AutoConfig.for_model(**raw)
     config._attn_implementation = "sdpa"
-    cls = transformers.Qwen3VLMoeForConditionalGeneration if is_moe else transformers.Qwen3VLForConditionalGeneration
-    theirs = cls(config).eval()
+    theirs = transformers.AutoModelForImageTextToText.from_config(config).eval()
     state = {to_checkpoint_name(n, ours.config): p.detach().cpu() for n, p in ours.named_parameters()}
     kernel = theirs.model.visual.patch_embed.proj.weight.shape
     state["model.visual.patch_embed.proj.weight"] = state["model.visual.patch_embed.proj.weight"].view(kernel)

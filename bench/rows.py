@@ -42,7 +42,7 @@ def matmul_rate(dtype: torch.dtype, device: str = "cpu") -> float:
     """FLOP/s of a plain square matmul, best of five."""
     size = 2048 if device == "cpu" else 8192
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
-    best = min(seconds(lambda: a @ b, device) for _ in range(6))
+    best = min(seconds(lambda: torch.mm(a, b), device) for _ in range(6))
     return 2 * size**3 / best
 
 
@@ -60,7 +60,8 @@ def in_turn(
     ours: Callable[[], object], theirs: Callable[[], object], rounds: int, device: str = "cpu"
 ) -> tuple[float, float, float]:
     """(our median, their median, median of their/our), the two run in turn so that a drifting machine hits both."""
-    ours(), theirs()
+    ours()
+    theirs()
     pairs = [(seconds(ours, device), seconds(theirs, device)) for _ in range(rounds)]
     return (
         statistics.median(a for a, _ in pairs),

@@ -63,7 +63,7 @@ def reference(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, layout: Packed) -> Te
         x.float().transpose(0, 1)
         for x in (q_TNH, k_TKH.repeat_interleave(groups, 1), v_TKH.repeat_interleave(groups, 1))
     )
-    lengths = torch.tensor(layout.lengths, device=q_TNH.device)
+    lengths = torch.tensor(layout.lengths, dtype=torch.int64, device=q_TNH.device)
     sequence_T = torch.repeat_interleave(torch.arange(len(layout.lengths), device=q_TNH.device), lengths)
     is_seen_TT = sequence_T[:, None] == sequence_T[None, :]
     if layout.is_causal:
@@ -84,6 +84,8 @@ def sdpa(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, layout: Packed) -> Tensor:
         )
         out = F.scaled_dot_product_attention(q, k, v, is_causal=layout.is_causal, enable_gqa=q.shape[1] != k.shape[1])
         outs.append(out.transpose(1, 2).flatten(0, 1))
+    if not outs:
+        return torch.empty_like(q_TNH)
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 

@@ -70,7 +70,7 @@ def look(model: Qwen3VL, batch: Batch, queries: Sequence[int], layers: Sequence[
 
 
 def layers_named(text: str | None, count: int) -> tuple[int, ...]:
-    """"8,12-16" as numbers from 0; None is the middle half, where words are tied to places."""
+    """ "8,12-16" as numbers from 0; None is the middle half."""
     if text is None:
         return tuple(range(count // 4, max(count // 4 + 1, 3 * count // 4)))
     if text == "all":
@@ -78,7 +78,12 @@ def layers_named(text: str | None, count: int) -> tuple[int, ...]:
     layers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()) or int(last or first) >= count or int(last or first) < int(first):
+        if (
+            not first.isdigit()
+            or (dash and not last.isdigit())
+            or int(last or first) >= count
+            or int(last or first) < int(first)
+        ):
             raise ValueError(f"layers is {text!r}; write all, or numbers from 0 to {count - 1} like 8,12-16.")
         layers += range(int(first), int(last or first) + 1)
     return tuple(dict.fromkeys(layers))

@@ -398,9 +398,6 @@ def _refuse_second(model: Qwen3VL) -> None:
 
 def _attach(model: Qwen3VL, layers: dict[str, LoraLinear]) -> None:
     model.requires_grad_(False)
-    for layer in layers.values():
-        layer.lora_down.requires_grad_(True)
-        layer.lora_up.requires_grad_(True)
     _replace(model, layers)
 
 

@@ -17,9 +17,11 @@ def batch_from_padded(tensors: dict[str, Tensor], config: ModelConfig) -> Batch:
     Images and videos come in separate tensors there, each in order over the flattened batch; here they stand in the order of their
     placeholders, a video as one row for each temporal slice.
     """
-    unknown = sorted(set(tensors) - set(KEYS) - {"mm_token_type_ids", "position_ids"})
+    unknown = sorted(set(tensors) - set(KEYS))
     if unknown:
-        raise ValueError(f"inputs hold {', '.join(unknown)}; expected some of {', '.join(KEYS)}.")
+        raise ValueError(
+            f"inputs hold {', '.join(unknown)}; expected some of {', '.join(KEYS)} (positions and token types follow from these)."
+        )
     if "input_ids" not in tensors or tensors["input_ids"].ndim != 2:
         raise ValueError("inputs need input_ids of shape (rows, tokens).")
     ids = tensors["input_ids"].long()

@@ -11,8 +11,8 @@ from qvl.model.config import RopeConfig, Yarn
 def axis_of_frequency(rope: RopeConfig) -> list[int]:
     """For each of the H/2 frequencies, fast to slow, the axis it turns: 0 time, 1 height, 2 width.
 
-    Interleaved (report 2): T H W T H W ..., so each axis sees fast and slow angles; what height and width do not claim is time's
-    (for [24, 20, 20] that is also the slowest four). Chunked (Qwen2-VL): three blocks, so time gets only fast ones and width only slow ones.
+    Interleaved (report 2): T H W T H W ..., so each axis sees fast and slow angles; what height and width do not claim is
+    time's (for [24, 20, 20] also the slowest four). Chunked (Qwen2-VL): three blocks, so time gets only fast ones and width only slow.
     """
     time, height, width = rope.section
     count = time + height + width

@@ -162,7 +162,7 @@ def interpolate_table(table: Tensor, places: PatchPlaces) -> Tensor:
 
 
 def _taps(place_P: Tensor, count_P: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A patch at `place` of `count` lies at place * (side-1) / (count-1) on the table: neighbours below and above, and the part of the way."""
+    """A patch at `place` of `count` lies at place * (side-1) / (count-1) on the table: the two neighbours, and how far along it is."""
     at_P = place_P * (side - 1) / (count_P - 1).clamp(min=1)
     low_P = at_P.long()
     return low_P, (low_P + 1).clamp(max=side - 1), at_P - low_P

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -152,7 +152,7 @@ def _is_expert(name: str) -> bool:
     return name.endswith((".experts.gate_up_proj", ".experts.down_proj"))
 
 
-def _check_names(wanted: dict[str, Tensor], source: Source, config: ModelConfig) -> None:
+def _check_names(wanted: Mapping[str, Tensor], source: Source, config: ModelConfig) -> None:
     accounted = set()
     missing = []
     for name, parameter in wanted.items():

@@ -1,0 +1,1 @@
+"""Answering: key/value cache, sampler, generation."""

@@ -1,0 +1,1 @@
+"""The story a newcomer runs, one file a chapter."""

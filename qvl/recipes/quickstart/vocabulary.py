@@ -1,0 +1,31 @@
+"""A small byte-level BPE tokenizer trained on real text, with Qwen3-VL's pipeline and its 26 control tokens."""
+
+import json
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer as Backend
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+
+from qvl.prompt.control import QWEN3_VL_CONTROL
+from qvl.prompt.tokenizer import ControlToken, Tokenizer, byte_letters, describe
+
+
+def train_tokenizer(texts: Sequence[str], *, size: int = 1024) -> Tokenizer:
+    """`size` ids in all: 256 bytes, merges, and the control tokens last, as in the published vocabulary."""
+    num_control = len(QWEN3_VL_CONTROL)
+    if size < 256 + num_control:
+        raise ValueError(f"a vocabulary of {size} cannot hold 256 bytes and {num_control} control tokens; take more.")
+    # The pipeline (NFC, split with single digits, bytes) comes from the same description that real folders have.
+    backend = Backend.from_str(json.dumps(describe(dict(byte_letters()), [], ())))
+    backend.model = BPE()
+    trainer = BpeTrainer(vocab_size=size - num_control, initial_alphabet=list(byte_letters()), show_progress=False)
+    backend.train_from_iterator(texts, trainer)
+    trained = json.loads(backend.to_str())["model"]
+    merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in trained["merges"]]
+    first = len(trained["vocab"])
+    added = [
+        ControlToken(id=first + i, name=name, is_special=special)
+        for i, (name, special) in enumerate(QWEN3_VL_CONTROL.items())
+    ]
+    return Tokenizer(describe(trained["vocab"], merges, added), eos="<|im_end|>", pad="<|endoftext|>")
