@@ -8,6 +8,7 @@ LEGEND: dict[str, str] = {
     "P": "patches, all frames end to end",
     "X": "numbers in one raw patch",
     "M": "visual tokens after the merger",
+    "R": "rows of hidden states whose next token is a training target",
     "I": "images or frame groups",
     "D": "text width",
     "C": "vision width",

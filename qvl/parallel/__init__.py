@@ -1,0 +1,1 @@
+"""Many devices: meshes, sharding, collectives."""

@@ -1,0 +1,81 @@
+"""Data parallelism with FSDP2: each rank holds a shard of every parameter and sees its own packs."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from qvl.core.device import place
+from qvl.model.qwen3vl import Qwen3VL
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks that train together; one rank without torchrun."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def sum(self, value: float) -> float:
+        """Over all ranks, in fp64."""
+        if self.size == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return float(total)
+
+    def sum_tensor(self, value: Tensor) -> Tensor:
+        if self.size > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+        return value
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def join_world(device: torch.device) -> World:
+    """Meet the other ranks that torchrun started; alone when it did not."""
+    here = place()
+    if here.world_size == 1:
+        return World(0, 1, device)
+    if device.type == "cuda":
+        device = torch.device("cuda", here.local_rank)
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return World(here.rank, here.world_size, device)
+
+
+def shard(model: Qwen3VL, root: nn.Module, world: World) -> None:
+    """Shard every block of `model`, then `root`, the module whose forward is called. A lone rank stays as it is.
+
+    Gradients are summed in fp32, not averaged: the loss already has the global denominator.
+    """
+    if world.size == 1:
+        return
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    blocks: list[nn.Module] = list(model.language_model.layers)
+    if model.config.vision is not None:
+        blocks += [*model.visual.blocks, model.visual.merger, *model.visual.deepstack_merger_list]
+    units = [fully_shard(block, mesh=mesh, mp_policy=policy) for block in blocks]
+    units.append(fully_shard(root, mesh=mesh, mp_policy=policy))
+    for unit in units:
+        unit.set_gradient_divide_factor(1.0)
+
+
+def whole(x: Tensor) -> Tensor:
+    """The unsharded tensor (every rank must call this together)."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """L2 norm over all parameters and ranks, fp32, 0-d."""
+    return whole(torch.nn.utils.get_total_norm(gradients)) if gradients else torch.zeros(())

@@ -1,0 +1,1 @@
+"""One loop for every stage: objective, parameter groups, optimizer, schedule, step, checkpoints, metrics."""

@@ -1,0 +1,130 @@
+"""A run on disk: written aside, renamed, listed in a manifest; the newest whole one is found after any kill."""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from qvl.core.log import say_once
+from qvl.parallel.data_parallel import World, whole
+from qvl.train.optimizer import Optimizer
+
+PREFIX = "step-"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint read back, on the CPU."""
+
+    step: int
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+    """JSON: stream, counters, spike statistics."""
+
+
+def save_run(
+    folder: Path, step: int, model: nn.Module, optimizer: Optimizer, state: dict[str, Any], world: World, *, keep: int
+) -> None:
+    """Write `folder/step-N` and drop all but the newest `keep`. Every rank must call this; rank 0 writes."""
+    weights = {n: whole(p.detach()).cpu() for n, p in model.named_parameters()}
+    moments = {n: whole(t).cpu() for n, t in optimizer.state().items()}
+    if world.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        final = folder / f"{PREFIX}{step:08d}"
+        aside = folder / f".{final.name}.partial"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        save_file({n: w.contiguous() for n, w in weights.items()}, aside / "weights.safetensors")
+        save_file({n: m.contiguous() for n, m in moments.items()}, aside / "optimizer.safetensors")
+        (aside / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        digests = {path.name: _digest(path) for path in sorted(aside.iterdir())}
+        (aside / "manifest.json").write_text(json.dumps({"step": step, "sha256": digests}), encoding="utf-8")
+        for path in aside.iterdir():
+            _sync(path)
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(aside, final)
+        _sync(folder)
+        for old in sorted(folder.glob(f"{PREFIX}*"))[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    world.barrier()
+
+
+def newest(folder: Path) -> Saved | None:
+    """The newest checkpoint whose files match its manifest; None when there is none. Broken ones are passed over and named."""
+    for path in sorted(folder.glob(f"{PREFIX}*"), reverse=True):
+        try:
+            return read_run(path)
+        except ValueError as error:
+            say_once(f"passed over a broken checkpoint: {error}")
+    return None
+
+
+def read_run(path: Path) -> Saved:
+    """Raises ValueError in one sentence when a file is missing or altered."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        for name, digest in manifest["sha256"].items():
+            if _digest(path / name) != digest:
+                raise ValueError(f"{path / name} differs from its manifest; the checkpoint is not whole.")
+        return Saved(
+            step=manifest["step"],
+            weights=load_file(path / "weights.safetensors"),
+            optimizer=load_file(path / "optimizer.safetensors"),
+            state=json.loads((path / "state.json").read_text(encoding="utf-8")),
+        )
+    except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(f"{path} is not a whole checkpoint ({error}).") from None
+
+
+@torch.no_grad()
+def restore_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Into a model with the same parameters, sharded or not."""
+    own = dict(model.named_parameters())
+    if set(own) != set(weights):
+        odd = sorted(set(own) ^ set(weights))
+        raise ValueError(
+            f"the checkpoint and the model differ in {len(odd)} parameters, the first {odd[0]}; resume the same recipe."
+        )
+    for name, parameter in own.items():
+        parameter.copy_(_like(weights[name], parameter))
+
+
+def _like(tensor: Tensor, target: Tensor) -> Tensor:
+    """Sharded as `target` is."""
+    if isinstance(target, DTensor):
+        return distribute_tensor(tensor.to(target.device), target.device_mesh, target.placements)
+    return tensor.to(target.device)
+
+
+def restore_optimizer(optimizer: Optimizer, saved: dict[str, Tensor]) -> None:
+    """Moments sharded as their masters are; counters as they are."""
+    placed = {}
+    for key, tensor in saved.items():
+        master = optimizer.masters.get(key.split("/", 1)[1])
+        is_scalar = tensor.ndim == 0 or master is None
+        placed[key] = tensor if is_scalar else _like(tensor, master)  # type: ignore[arg-type]
+    optimizer.restore(placed)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Make the kernel write it down before the rename counts."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

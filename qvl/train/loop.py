@@ -1,0 +1,194 @@
+"""The one loop: packs in, a step out, for every stage from the vision pre-stage to reinforcement learning."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from qvl.core.log import JsonlWriter, log
+from qvl.parallel.data_parallel import World, shard, total_norm
+from qvl.train.checkpoint import newest, restore_optimizer, restore_weights, save_run
+from qvl.train.guard import SpikeGuard
+from qvl.train.metrics import averages, memory_bytes, peak_flops, step_flops
+from qvl.train.objective import Micro, Objective
+from qvl.train.optimizer import Optimizer, OptimizerConfig
+from qvl.train.parameters import freeze
+from qvl.train.schedule import Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    steps: int
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: Schedule = field(default_factory=Schedule)
+    clip_norm: float = 1.0
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0 saves at the end only."""
+    keep: int = 2
+    """Checkpoints that stay on disk."""
+    spike_sigmas: float = 6.0
+    peak_flops: float | None = None
+    """Denominator of MFU a device, FLOP/s; None knows common GPUs and leaves it out elsewhere."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.clip_norm <= 0 or self.checkpoint_every < 0 or self.keep < 1:
+            raise ValueError(
+                f"steps is {self.steps}, clip_norm {self.clip_norm}, checkpoint_every {self.checkpoint_every}, "
+                f"keep {self.keep}; expected steps >= 1, clip_norm > 0, checkpoint_every >= 0, keep >= 1."
+            )
+
+
+class Stream(Protocol):
+    """Where packs come from; its state is a few KB of JSON."""
+
+    def next_step(self) -> Sequence[Micro]:
+        """This rank's packs of the next optimizer step."""
+        ...
+
+    def state(self) -> dict[str, Any]: ...
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What watchers and progress bars see after each step; the same numbers as the line in log.jsonl."""
+
+    step: int
+    steps: int
+    values: dict[str, float]
+    skipped: str | None
+
+
+Watcher = Callable[[StepReport], None]
+
+
+def fit(
+    objective: Objective,
+    stream: Stream,
+    config: LoopConfig,
+    out: Path,
+    world: World,
+    *,
+    watchers: Sequence[Watcher] = (),
+    stop_after: int | None = None,
+) -> None:
+    """Train from the newest checkpoint in `out`, or from the start, to `config.steps` (or `stop_after`, for a planned pause).
+
+    A resumed run is bitwise the run that never stopped: weights, optimizer, order of packs, losses. Writes `log.jsonl`, `skipped.jsonl`
+    and `step-*` there. Watchers (evaluation, export, progress) are called after each step.
+    """
+    assert isinstance(objective, nn.Module)
+    freeze(objective.model, config.optimizer.rates)
+    shard(objective.model, objective, world)
+    optimizer = Optimizer(objective, config.optimizer)
+    guard = SpikeGuard(sigmas=config.spike_sigmas)
+    first = _resume(out, objective, optimizer, stream, guard)
+    rows = JsonlWriter(out / "log.jsonl") if world.rank == 0 else None
+    last = min(config.steps, stop_after or config.steps)
+    tokens_seen = 0
+    peak = config.peak_flops or peak_flops(world.device)
+    objective.train()
+    step = first
+    while step < last:
+        began = time.perf_counter()
+        micros = stream.next_step()
+        loaded = time.perf_counter()
+        denominator = world.sum(sum(objective.measure(m) for m in micros))
+        if denominator <= 0:
+            raise ValueError(
+                f"step {step} has no target in any pack; check the roles and masks of its samples: {_ids(micros)[:5]}."
+            )
+        outcomes = []
+        for micro in micros:
+            outcome = objective(micro, denominator, world)
+            outcome.loss.backward()
+            optimizer.gather()
+            outcomes.append(outcome)
+        values = averages(outcomes, world)
+        gradients = optimizer.gradients()
+        norm = float(total_norm(gradients))
+        skipped = guard.refuses(values["loss"], norm)
+        factor = config.schedule.at(step, config.steps)
+        if skipped is None:
+            if norm > config.clip_norm:
+                for gradient in gradients:
+                    gradient.mul_(config.clip_norm / norm)
+            optimizer.step(factor)
+        else:
+            optimizer.clear()
+            _note_skip(out, world, step, skipped, micros)
+        step += 1
+        seconds = time.perf_counter() - began
+        tokens = world.sum(float(sum(m.batch.num_tokens for m in micros)))
+        tokens_seen += int(tokens)
+        values |= {
+            "grad_norm": norm,
+            "lr": config.optimizer.lr * factor,
+            "tokens": tokens,
+            "tokens_per_second": tokens / seconds,
+            "seconds": seconds,
+            "wait_for_data": (loaded - began) / seconds,
+            "memory_gb": memory_bytes(world.device) / 1e9,
+        }
+        if peak is not None:
+            values["mfu"] = step_flops(micros, objective.model.config) / seconds / peak
+        if rows is not None:
+            rows.write({"step": step, **values, **({"skipped": skipped} if skipped else {})})
+        if guard.in_a_row >= 3:
+            log.warning("three steps in a row were refused; going back to the newest checkpoint")
+            step = _roll_back(out, objective, optimizer, stream, guard, step)
+            continue
+        is_due = config.checkpoint_every > 0 and step % config.checkpoint_every == 0
+        # Not in the middle of trouble: a roll-back must find weights from before it.
+        if step == last or (is_due and guard.in_a_row == 0):
+            state = {"stream": stream.state(), "guard": guard.state()}
+            save_run(out, step, objective, optimizer, state, world, keep=config.keep)
+        for watcher in watchers:
+            watcher(StepReport(step, config.steps, values, skipped))
+    if rows is not None:
+        rows.close()
+    objective.eval()
+
+
+def _resume(out: Path, objective: Objective, optimizer: Optimizer, stream: Stream, guard: SpikeGuard) -> int:
+    """The step to go on from; 0 when there is no checkpoint."""
+    assert isinstance(objective, nn.Module)
+    saved = newest(out)
+    if saved is None:
+        return 0
+    restore_weights(objective, saved.weights)
+    restore_optimizer(optimizer, saved.optimizer)
+    stream.restore(saved.state["stream"])
+    guard.restore(saved.state["guard"])
+    log.info("resumed from step %d in %s", saved.step, out)
+    return saved.step
+
+
+def _roll_back(
+    out: Path, objective: Objective, optimizer: Optimizer, stream: Stream, guard: SpikeGuard, step: int
+) -> int:
+    """Weights and optimizer of the newest checkpoint, but the data goes on: the packs that broke the run are not met again."""
+    assert isinstance(objective, nn.Module)
+    saved = newest(out)
+    if saved is None:
+        raise ValueError(
+            f"three steps in a row were refused up to step {step} and there is no checkpoint to go back to; lower the rate."
+        )
+    restore_weights(objective, saved.weights)
+    restore_optimizer(optimizer, saved.optimizer)
+    guard.restore(saved.state["guard"])
+    guard.in_a_row = 0
+    return saved.step
+
+
+def _ids(micros: Sequence[Micro]) -> list[str]:
+    return [id for micro in micros for id in micro.ids]
+
+
+def _note_skip(out: Path, world: World, step: int, reason: str, micros: Sequence[Micro]) -> None:
+    log.warning("step %d was not taken: %s", step, reason)
+    with JsonlWriter(out / (f"skipped-{world.rank}.jsonl" if world.size > 1 else "skipped.jsonl")) as rows:
+        rows.write({"step": step, "reason": reason, "ids": _ids(micros)})

@@ -1,0 +1,237 @@
+"""The loop: what it minimises, that it resumes to the bit, that it refuses bad steps, that splits do not matter."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qvl.core.batch import Batch, Sample
+from qvl.core.log import read_jsonl
+from qvl.model.config import ModelConfig, preset
+from qvl.model.pack import pack
+from qvl.model.qwen3vl import Qwen3VL, new_model
+from qvl.parallel.data_parallel import World
+from qvl.train.checkpoint import newest
+from qvl.train.guard import SpikeGuard
+from qvl.train.loop import LoopConfig, fit
+from qvl.train.objective import NextToken
+from qvl.train.optimizer import Optimizer, OptimizerConfig
+from qvl.train.parameters import Rates, freeze, groups, part_of
+from qvl.train.schedule import Schedule
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def small(experts: bool = False) -> ModelConfig:
+    config = preset("nano-moe" if experts else "nano")
+    assert config.vision is not None
+    text = replace(config.text, vocab_size=96, num_hidden_layers=3, hidden_size=64, intermediate_size=96)
+    if text.moe is not None:
+        text = replace(text, moe=replace(text.moe, intermediate_size=32))
+    vision = replace(config.vision, deepstack_visual_indexes=(0, 1), depth=2, num_position_embeddings=16)
+    vision = replace(vision, hidden_size=32, num_heads=2, intermediate_size=48, out_hidden_size=64)
+    return replace(
+        config,
+        text=text,
+        vision=vision,
+        image_token_id=90,
+        video_token_id=91,
+        vision_start_token_id=92,
+        vision_end_token_id=93,
+    )
+
+
+@dataclass(frozen=True)
+class Pack:
+    batch: Batch
+    ids: tuple[str, ...]
+    categories: tuple[str, ...]
+
+
+def sample(g: torch.Generator, length: int, picture: bool) -> Sample:
+    tokens = torch.randint(0, 80, (length,), generator=g)
+    if not picture:
+        return Sample(token_T=tokens, is_target_T=torch.ones(length, dtype=torch.bool))
+    token_T = torch.cat((tokens[:2], torch.tensor([92, 90, 90, 93]), tokens[2:]))
+    is_target_T = torch.cat((torch.zeros(6, dtype=torch.bool), torch.ones(length - 2, dtype=torch.bool)))
+    patches = torch.randn(8, 1536, generator=g) * 0.5
+    return Sample(token_T=token_T, patch_PX=patches, grid_I3=torch.tensor([[1, 2, 4]]), is_target_T=is_target_T)
+
+
+class Drawn:
+    """Step n's samples follow from n alone; dealt into `packs` packs."""
+
+    def __init__(self, config: ModelConfig, packs: int = 2, poison: frozenset[int] = frozenset()) -> None:
+        self.config, self.packs, self.poison, self.step = config, packs, poison, 0
+
+    def next_step(self) -> Sequence[Pack]:
+        g = torch.Generator().manual_seed(1000 + self.step)
+        samples = [sample(g, 5 + i, picture=i % 2 == 0) for i in range(4)]
+        if self.step in self.poison:
+            assert samples[0].patch_PX is not None
+            samples[0].patch_PX.fill_(float("nan"))
+        self.step += 1
+        size = len(samples) // self.packs
+        return [
+            Pack(pack(part, self.config), tuple(f"{self.step}-{i}" for i in range(size)), ("a", "b") * (size // 2) or ("a",))
+            for part in (samples[i : i + size] for i in range(0, len(samples), size))
+        ]
+
+    def state(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+
+
+def settings(steps: int, **changes: Any) -> LoopConfig:
+    optimizer = OptimizerConfig(**{"lr": 1e-3, **changes.pop("optimizer", {})})
+    return LoopConfig(steps=steps, optimizer=optimizer, schedule=Schedule(warmup_steps=2), **changes)
+
+
+def trained(out: Path, model: Qwen3VL, config: LoopConfig, **changes: Any) -> list[dict[str, Any]]:
+    stream = changes.pop("stream", None) or Drawn(model.config)
+    fit(NextToken(model), stream, config, out, ALONE, **changes)
+    return read_jsonl(out / "log.jsonl")
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_on_the_same_few_samples_falls(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    class Same(Drawn):
+        def next_step(self) -> Sequence[Pack]:
+            self.step = 0
+            return super().next_step()
+
+    model = new_model(small(), dtype=dtype)
+    config = settings(25, optimizer={"lr": 1e-2, "name": name})
+    rows = trained(tmp_path, model, config, stream=Same(model.config))
+    assert rows[-1]["loss"] < 0.3 * rows[0]["loss"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_run_paused_and_resumed_is_to_the_bit_the_run_that_never_stopped(
+    tmp_path: Path, name: str, dtype: torch.dtype
+) -> None:
+    config = settings(7, optimizer={"name": name})
+    straight, halves = new_model(small(), dtype=dtype), new_model(small(), dtype=dtype)
+    rows = trained(tmp_path / "straight", straight, config)
+    trained(tmp_path / "halves", halves, config, stop_after=3)
+    again = new_model(small(), seed=99, dtype=dtype)  # other weights: all must come from the checkpoint
+    resumed = trained(tmp_path / "halves", again, config)
+    assert [r["loss"] for r in resumed] == [r["loss"] for r in rows]
+    assert [r["grad_norm"] for r in resumed] == [r["grad_norm"] for r in rows]
+    for (n, a), (_, b) in zip(straight.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(a, b), n
+
+
+def test_the_gradient_does_not_depend_on_how_samples_are_dealt_into_packs() -> None:
+    def gradients(packs: int) -> dict[str, torch.Tensor]:
+        model = new_model(small()).double()
+        objective = NextToken(model)
+        micros = Drawn(model.config, packs).next_step()
+        micros = [replace(m, batch=replace(m.batch, patch_PX=_double(m.batch.patch_PX))) for m in micros]
+        total = sum(objective.measure(m) for m in micros)
+        for micro in micros:
+            objective(micro, total, ALONE).loss.backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    one, two, four = gradients(1), gradients(2), gradients(4)
+    assert one.keys() == two.keys() == four.keys()
+    for name, gradient in one.items():
+        scale = float(gradient.abs().max())
+        assert float((gradient - two[name]).abs().max()) <= 1e-6 * scale, name
+        assert float((gradient - four[name]).abs().max()) <= 1e-6 * scale, name
+
+
+def _double(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.double()
+
+
+def test_a_step_whose_loss_is_not_finite_changes_nothing_and_names_its_samples(tmp_path: Path) -> None:
+    model = new_model(small())
+    rows = trained(tmp_path, model, settings(4), stream=Drawn(model.config, poison=frozenset({2})))
+    assert [("skipped" in r) for r in rows] == [False, False, True, False]
+    skips = read_jsonl(tmp_path / "skipped.jsonl")
+    assert skips[0]["step"] == 2
+    assert "3-0" in skips[0]["ids"]
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+
+
+def test_three_refused_steps_in_a_row_go_back_to_the_checkpoint_and_past_the_bad_data(tmp_path: Path) -> None:
+    model = new_model(small())
+    config = settings(6, checkpoint_every=2)
+    rows = trained(tmp_path, model, config, stream=Drawn(model.config, poison=frozenset({2, 3, 4})))
+    assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 3, 4, 5, 6]
+    assert ["skipped" in r for r in rows] == [False, False, True, True, True, False, False, False, False]
+
+
+def test_a_spike_of_the_gradient_norm_is_refused_and_a_slow_drift_is_not() -> None:
+    guard = SpikeGuard(warmup=10)
+    assert all(guard.refuses(1.0, 1.0 + 0.01 * i) is None for i in range(100))
+    assert guard.refuses(1.0, 50.0) is not None
+    assert guard.refuses(1.0, 2.1) is None
+    assert guard.refuses(float("nan"), 1.0) is not None
+
+
+def test_s0_moves_the_mergers_alone_deepstack_included(tmp_path: Path) -> None:
+    model = new_model(small())
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    trained(tmp_path, model, settings(2, optimizer={"rates": Rates(vision=0, language=0)}))
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {n for n in before if part_of(n) == "mergers"}
+    assert any("deepstack" in n for n in moved)
+
+
+def test_every_trainable_parameter_is_in_exactly_one_group() -> None:
+    model = new_model(small(experts=True))
+    freeze(model, Rates())
+    names = [n for g in groups(model) for n in g.names]
+    assert sorted(names) == sorted(n for n, _ in model.named_parameters())
+    matrices = {n for g in groups(model) if g.is_matrix for n in g.names}
+    assert not any("embed_tokens" in n or "pos_embed" in n or "lm_head" in n or "norm" in n for n in matrices)
+
+
+def test_freezing_everything_is_refused() -> None:
+    model = new_model(small())
+    freeze(model, Rates(vision=0, mergers=0, language=0))
+    with pytest.raises(ValueError, match="nothing is trainable"):
+        Optimizer(model, OptimizerConfig())
+
+
+def test_a_broken_newest_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    model = new_model(small())
+    trained(tmp_path, model, settings(4, checkpoint_every=2))
+    file = tmp_path / "step-00000004" / "weights.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    saved = newest(tmp_path)
+    assert saved is not None
+    assert saved.step == 2
+
+
+def test_log_lines_carry_the_loss_of_each_category(tmp_path: Path) -> None:
+    row = trained(tmp_path, new_model(small()), settings(1))[0]
+    assert {"loss", "loss/a", "loss/b", "grad_norm", "lr", "tokens_per_second", "memory_gb"} <= row.keys()
+    assert json.dumps(row)
+
+
+def test_a_moe_run_logs_its_router_and_trains(tmp_path: Path) -> None:
+    rows = trained(tmp_path, new_model(small(experts=True)), settings(3))
+    assert rows[-1]["balance_loss"] > 0
+    assert rows[-1]["router_max_over_mean"] >= 1
+
+
+def test_cosine_and_wsd_start_at_the_warm_up_and_end_at_the_final_part() -> None:
+    cosine, wsd = Schedule(kind="cosine", warmup_steps=10), Schedule(kind="wsd", warmup_steps=10, decay_part=0.2)
+    assert cosine.at(0, 100) == wsd.at(0, 100) == 0.1
+    assert cosine.at(9, 100) == wsd.at(50, 100) == 1.0
+    assert cosine.at(100, 100) == pytest.approx(0.1)
+    assert wsd.at(79, 100) == 1.0
+    assert wsd.at(100, 100) == pytest.approx(0.1)
