@@ -1,0 +1,39 @@
+"""Run by torchrun in test_data_parallel: trains a small model on this rank's share of fixed packs and saves what came out."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from test_train import Drawn, Pack, settings, small
+
+from qvl.model.qwen3vl import new_model
+from qvl.parallel.data_parallel import join_world
+from qvl.train.loop import fit
+from qvl.train.objective import NextToken
+
+
+class Share(Drawn):
+    """All packs of a step, dealt by rank; with `text_only`, samples are dealt so that the last rank never sees a picture."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__(small(), packs=4)
+        self.rank, self.size = rank, size
+
+    def next_step(self) -> Sequence[Pack]:
+        packs = super().next_step()  # pictures in packs 0 and 2, text alone in 1 and 3
+        return packs[self.rank :: self.size]
+
+
+def main(out: Path, steps: int) -> None:
+    torch.set_num_threads(1)
+    world = join_world(torch.device("cpu"))
+    model = new_model(small())
+    stream = Share(world.rank, world.size)
+    fit(NextToken(model, see_always=world.size > 1), stream, settings(steps), out, world)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

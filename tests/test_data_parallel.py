@@ -1,0 +1,55 @@
+"""Two ranks are one: the same losses and weights, also when one rank never sees a picture."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from qvl.core.log import read_jsonl
+from qvl.train.checkpoint import newest
+
+HERE = Path(__file__).parent
+
+
+def run(out: Path, ranks: int, steps: int) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    done = subprocess.run(
+        [*command, str(HERE / "ranks.py"), str(out), str(steps)], cwd=HERE, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+    run(one, 1, 3)
+    run(two, 2, 3)
+    return one, two
+
+
+def test_a_rank_without_pictures_does_not_hang_and_the_losses_are_those_of_one_rank(
+    outcomes: tuple[Path, Path],
+) -> None:
+    losses = [[row["loss"] for row in read_jsonl(out / "log.jsonl")] for out in outcomes]
+    norms = [[row["grad_norm"] for row in read_jsonl(out / "log.jsonl")] for out in outcomes]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+
+
+def test_the_weights_after_three_sharded_steps_are_those_of_one_rank(outcomes: tuple[Path, Path]) -> None:
+    one, two = (newest(out) for out in outcomes)
+    assert one is not None
+    assert two is not None
+    for name, weight in one.weights.items():
+        torch.testing.assert_close(two.weights[name], weight, atol=2e-5, rtol=1e-4, msg=name)
+
+
+def test_a_checkpoint_of_two_ranks_resumes_on_one(outcomes: tuple[Path, Path], tmp_path: Path) -> None:
+    one, two = outcomes
+    run(two, 1, 4)
+    run(one, 1, 4)
+    last = [read_jsonl(out / "log.jsonl")[-1] for out in (one, two)]
+    assert last[0]["step"] == last[1]["step"] == 4
+    assert last[1]["loss"] == pytest.approx(last[0]["loss"], rel=1e-4)
