@@ -130,7 +130,7 @@ def test_ids_and_patches_equal_transformers_on_conversations_with_media(folders,
         assert ours["transformers5"].sample.token_T.tolist() == answer["ids"]
         assert ours["release"].sample.token_T.tolist() == answer["release_ids"]
         for kind in ("image", "video"):
-            patches = [visual.patch_PX for visual in ours["release"].visuals if visual.kind == kind]
+            patches = [visual.values_PX for visual in ours["release"].visuals if visual.kind == kind]
             assert (digest(torch.cat(patches).numpy()) if patches else None) == answer[f"{kind}s"]
 
 

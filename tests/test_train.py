@@ -77,7 +77,11 @@ class Drawn:
         self.step += 1
         size = len(samples) // self.packs
         return [
-            Pack(pack(part, self.config), tuple(f"{self.step}-{i}" for i in range(size)), ("a", "b") * (size // 2) or ("a",))
+            Pack(
+                pack(part, self.config),
+                tuple(f"{self.step}-{i}" for i in range(size)),
+                ("a", "b") * (size // 2) or ("a",),
+            )
             for part in (samples[i : i + size] for i in range(0, len(samples), size))
         ]
 

@@ -20,7 +20,8 @@ class Sample:
     token_T: Tensor
     """int64, on the CPU."""
     patch_PX: Tensor | None = None
-    """float32, P = sum of t*h*w over the rows of grid_I3, X = 3 channels x 2 frames x 16 x 16."""
+    """P = sum of t*h*w over the rows of grid_I3, X = 3 channels x 2 frames x 16 x 16. uint8 as the picture has them (a quarter of the
+    memory: ten minutes of video are 63 MiB), or float32 already normalised to -1..1; the network takes both."""
     grid_I3: Tensor | None = None
     """int64, (t, h, w) in patches."""
     is_target_T: Tensor | None = None
@@ -48,7 +49,7 @@ class Batch:
     lengths: tuple[int, ...]
     """Tokens of each sequence, in order; their sum is T."""
     patch_PX: Tensor | None = None
-    """float32 raw patches of all images and frames."""
+    """Raw patches of all images and frames, uint8 or normalised float32 (see Sample)."""
     grid_I3: Tensor | None = None
     """int64 (t, h, w) in patches, one row for each run of placeholders."""
     frame_lengths: tuple[int, ...] = ()

@@ -19,6 +19,8 @@ def pack(samples: Sequence[Sample], config: ModelConfig) -> Batch:
     grids = [s.grid_I3 for s in samples if s.grid_I3 is not None]
     patches = [s.patch_PX for s in samples if s.patch_PX is not None]
     seconds = [s.second_I for s in samples if s.second_I is not None]
+    if len({p.dtype for p in patches}) > 1:
+        raise ValueError("some samples hold patches as bytes and some as floats; give all of them in one form.")
     grid_I3 = torch.cat(grids) if grids else None
     patch_PX = torch.cat(patches) if patches else None
     num_patches = 0 if patch_PX is None else patch_PX.shape[0]

@@ -38,7 +38,20 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Linear(config.patch_numbers, config.hidden_size)
 
     def forward(self, patch_PX: Tensor) -> Tensor:
-        return self.proj(patch_PX.to(self.proj.weight.dtype))
+        return self.proj(normalise(patch_PX).to(self.proj.weight.dtype))
+
+
+def normalise(patch_PX: Tensor) -> Tensor:
+    """Bytes 0..255 to float32 -1..1 (mean and deviation 0.5); subtraction and division in this order give transformers' floats to the
+    bit. Floats pass: they are normalised already."""
+    if patch_PX.dtype != torch.uint8:
+        return patch_PX
+    value_PX = torch.empty_like(patch_PX, dtype=torch.float32)
+    # On a CPU in parts that stay in cache, so that each float goes to memory once.
+    rows = 256 if patch_PX.device.type == "cpu" else max(1, len(patch_PX))
+    for raw, value in zip(patch_PX.split(rows), value_PX.split(rows), strict=True):
+        value.copy_(raw).sub_(127.5).div_(127.5)
+    return value_PX
 
 
 class VisionAttention(nn.Module):

@@ -1,0 +1,239 @@
+"""Video files to RGB frames with PyAV: packets are counted, only wanted frames become pictures, one frame is held at a time."""
+
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any, BinaryIO
+
+import av
+import numpy as np
+from av.error import FFmpegError
+from av.stream import Disposition
+
+from qvl.outside.decode_image import FORMATS, open_picture, rgb
+from qvl.outside.media import MediaError, MediaLimits, Message, check_pixels, refusing
+
+# Demuxers that read one file and nothing else. A playlist (HLS, DASH, concat) would open other files and addresses.
+CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,h264,hevc,ivf,mpegvideo"
+UNREADABLE = "the file is not a readable video (MP4, MOV, MKV, WebM, AVI, MPEG, FLV, WMV, Ogg, GIF or animated WebP)."
+BROKEN = "the video's pictures cannot be decoded; the file is damaged or its codec is not supported. Re-encode it."
+
+
+def video_facts(stream: BinaryIO, limits: MediaLimits) -> Iterator[Message]:
+    """One message: {num_frames, fps, width, height, unit, container_frames, notes} and, as int64, the presentation time of every
+    frame in units of `unit` seconds, sorted, followed by that of every frame one can start decoding at. With `numbered` true
+    the file gives no times, the buffer is empty and frames are asked for by number.
+
+    All of it comes from the packets, none from decoding: 216,000 frames (two hours) cost seconds, not minutes.
+    """
+    if _is_animation(stream):
+        yield from _animation_facts(stream, limits)
+        return
+    with refusing(UNREADABLE), _open(stream) as container:
+        track = _track(container, limits)
+        times, keys, notes = _read_packets(container, track, limits)
+        num_frames = len(times)
+        if num_frames == 0:
+            raise MediaError("the video has no frames; nothing can be shown of it.")
+        known = [t for t in times if t is not None]
+        numbered = len(set(known)) < num_frames or track.time_base is None
+        unit = track.time_base or Fraction(1)
+        fps = float(track.average_rate or 0) or _rate(sorted(known), unit)
+        header = {
+            "num_frames": num_frames,
+            "fps": fps,
+            "width": track.codec_context.width,
+            "height": track.codec_context.height,
+            "unit": float(unit),
+            "num_keys": 0 if numbered else len(keys),
+            "numbered": numbered,
+            "container_frames": track.frames,
+            "notes": notes,
+        }
+    yield header, np.array([] if numbered else sorted(known) + sorted(keys), dtype=np.int64)
+
+
+def video_frames(
+    stream: BinaryIO, limits: MediaLimits, *, wanted: list[int], keys: list[int] | None
+) -> Iterator[Message]:
+    """A message {height, width, time, exact} with its RGB bytes for each entry of `wanted` (ascending), then {decoded, converted}.
+
+    With `keys`, `wanted` holds presentation times and keys[i] is where decoding may start to reach wanted[i]; the stream jumps there when
+    that skips frames. Without, `wanted` holds frame numbers and everything up to the last is decoded.
+    """
+    if _is_animation(stream):
+        yield from _animation_frames(stream, limits, wanted)
+        return
+    with refusing(BROKEN), _open(stream) as container:
+        track = _track(container, limits)
+        track.thread_type = "AUTO"
+        track.codec_context.thread_count = 2  # frame threads each hold pictures: 2 keep a 1080p worker under 100 MB
+        reader = _Reader(container, track)
+        converted, last, message = 0, None, None
+        for number, want in enumerate(wanted):
+            if message is None or want != last:
+                frame = reader.at(want, keys[number] if keys is not None else None)
+                pixels = _upright(frame.to_ndarray(format="rgb24"), frame.rotation)
+                height, width = pixels.shape[:2]
+                check_pixels("a frame of the video", width, height, limits)
+                time = reader.decoded - 1 if keys is None else frame.pts
+                header = {"height": height, "width": width, "time": time, "exact": time == want}
+                message, last = (header, pixels), want
+                converted += 1
+            yield message
+    yield {"decoded": reader.decoded, "converted": converted}, b""
+
+
+class _Reader:
+    """Walks forward through a container, jumping ahead where a later key frame allows it."""
+
+    def __init__(self, container: Any, track: Any) -> None:
+        self.container, self.track = container, track
+        self.frames = container.decode(track)
+        self.current: Any = None
+        self.decoded = 0
+        self.may_jump = True
+
+    def at(self, want: int, key: int | None) -> Any:
+        """The first frame at or after `want`: a time, or without `key` a number. After the last, the last."""
+        # A frame before the first key frame has a key beyond it, and is walked to.
+        if key is not None and key <= want and self.may_jump and (self.current is None or key > self.current.pts):
+            self._jump(want, key)
+        while self.current is None or self._place(key) < want:
+            frame = next(self.frames, None)
+            if frame is None and self.current is None:
+                raise MediaError(BROKEN)
+            if frame is None:
+                break
+            self.decoded += 1
+            if key is None or frame.pts is not None:
+                self.current = frame
+        return self.current
+
+    def _place(self, key: int | None) -> int:
+        return self.decoded - 1 if key is None else self.current.pts
+
+    def _jump(self, want: int, key: int) -> None:
+        self._seek(key)
+        self.current = next((f for f in self.frames if f.pts is not None), None)
+        self.decoded += 1
+        if self.current is None or self.current.pts > want:
+            # The index lies. Start over and walk: slower, never wrong.
+            self.may_jump, self.current = False, None
+            self._seek(min(0, self.track.start_time or 0))
+
+    def _seek(self, time: int) -> None:
+        self.container.seek(time, stream=self.track, backward=True)
+        self.frames = self.container.decode(self.track)
+
+
+def _open(stream: BinaryIO) -> Any:
+    stream.seek(0)
+    return av.open(
+        stream, options={"format_whitelist": CONTAINERS, "protocol_whitelist": "none"}, metadata_errors="ignore"
+    )
+
+
+def _track(container: Any, limits: MediaLimits) -> Any:
+    tracks = [t for t in container.streams.video if not t.disposition & Disposition.attached_pic]  # cover art
+    if not tracks:
+        raise MediaError("the file has no video track; send sound files elsewhere and pictures as images.")
+    track = tracks[0]
+    if track.codec_context is None:
+        raise MediaError("the video's codec is not supported; re-encode it as H.264.")
+    check_pixels("the video", track.codec_context.width, track.codec_context.height, limits)
+    return track
+
+
+def _read_packets(container: Any, track: Any, limits: MediaLimits) -> tuple[list[int | None], list[int], list[str]]:
+    """Times of all frames and of the key frames, in file order, and notes on what is missing."""
+    times: list[int | None] = []
+    keys: list[int] = []
+    hidden = 0
+    try:
+        for packet in container.demux(track):
+            if packet.size == 0:  # the flush packet at the end
+                continue
+            if packet.is_discard:  # cut away by an edit list
+                hidden += 1
+                continue
+            times.append(packet.pts)
+            if packet.is_keyframe and packet.pts is not None:
+                keys.append(packet.pts)
+            if len(times) > limits.max_frames:
+                raise MediaError(f"the video has more than {limits.max_frames:,} frames; cut it first.")
+    except FFmpegError:
+        if not times:
+            raise
+        return times, keys, [f"the file breaks off after {len(times)} frames"]
+    if track.frames > len(times) + hidden:
+        return times, keys, [f"the file promises {track.frames} frames and holds {len(times)}"]
+    return times, keys, []
+
+
+def _rate(times: list[int], unit: Fraction) -> float:
+    """Frames a second when the container names none: measured on the frames' own times, never assumed."""
+    if len(times) > 1 and times[-1] > times[0]:
+        return (len(times) - 1) / float((times[-1] - times[0]) * unit)
+    if len(times) == 1:
+        return 1.0  # one frame: its time is 0 at any rate
+    raise MediaError(
+        "the video gives neither a frame rate nor frame times; re-encode it, or send frames with their times."
+    )
+
+
+def _upright(pixels: np.ndarray, degrees: int) -> np.ndarray:
+    """Phones film sideways and note a turn (counterclockwise degrees); players obey it, so does this."""
+    turns = round(degrees / 90) % 4
+    return np.ascontiguousarray(np.rot90(pixels, turns))
+
+
+def _is_animation(stream: BinaryIO) -> bool:
+    stream.seek(0)
+    start = stream.read(12)
+    stream.seek(0)
+    return (
+        start[:4] == b"GIF8" or (start[:4] == b"RIFF" and start[8:12] == b"WEBP") or start[:8] == b"\x89PNG\r\n\x1a\n"
+    )
+
+
+def _animation_facts(stream: BinaryIO, limits: MediaLimits) -> Iterator[Message]:
+    """GIF, WebP and PNG go through Pillow, which lays partial frames over each other as browsers do. Times are in milliseconds."""
+    with refusing(UNREADABLE), open_picture(stream, limits) as picture:
+        assert picture.format in FORMATS
+        num_frames = getattr(picture, "n_frames", 1)
+        if num_frames > limits.max_frames:
+            raise MediaError(f"the animation has more than {limits.max_frames:,} frames; cut it first.")
+        times, now, unknown = [], 0.0, 0
+        for number in range(num_frames):
+            picture.seek(number)
+            if picture.format == "WEBP":  # its durations are known only after decoding
+                picture.load()
+            times.append(round(now))
+            duration = float(picture.info.get("duration") or 0)
+            unknown += duration <= 0
+            now += duration if duration > 0 else 100.0  # what browsers show an unset duration as
+        notes = [f"{unknown} of {num_frames} frames have no duration and count 0.1 seconds"] if unknown else []
+        header = {
+            "num_frames": num_frames,
+            "fps": num_frames / (now / 1000),
+            "width": picture.width,
+            "height": picture.height,
+            "unit": 0.001,
+            "num_keys": 0,
+            "numbered": False,
+            "container_frames": num_frames,
+            "notes": notes,
+        }
+    yield header, np.array(times, dtype=np.int64)
+
+
+def _animation_frames(stream: BinaryIO, limits: MediaLimits, wanted: list[int]) -> Iterator[Message]:
+    """`wanted` holds frame numbers."""
+    converted = 0
+    with refusing(BROKEN), open_picture(stream, limits) as picture:
+        for number in wanted:
+            picture.seek(number)
+            pixels = np.array(rgb(picture))
+            converted += 1
+            yield {"height": pixels.shape[0], "width": pixels.shape[1], "time": number, "exact": True}, pixels
+    yield {"decoded": converted, "converted": converted}, b""

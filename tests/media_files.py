@@ -1,0 +1,118 @@
+"""Small media files for tests, made on the spot: pictures, clips, PDFs, and broken ones."""
+
+import io
+import struct
+import zlib
+from collections.abc import Iterable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from PIL import Image
+
+
+def encoded(pixels: np.ndarray | Image.Image, format: str, **options: Any) -> bytes:
+    """A picture file's bytes."""
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def gradient(height: int, width: int) -> np.ndarray:
+    """uint8 (height, width, 3): red grows to the right, green downwards, blue is 64."""
+    pixels = np.full((height, width, 3), 64, np.uint8)
+    pixels[..., 0] = np.linspace(0, 255, width).astype(np.uint8)
+    pixels[..., 1] = np.linspace(0, 255, height).astype(np.uint8)[:, None]
+    return pixels
+
+
+def numbered_frame(number: int, height: int = 64, width: int = 96) -> np.ndarray:
+    """A frame that says its number in binary, in black and white bars, so that it survives a lossy codec."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    for bit in range(12):
+        if number >> bit & 1:
+            pixels[:, bit * width // 12 : (bit + 1) * width // 12] = 255
+    return pixels
+
+
+def read_number(raster: Any) -> int:
+    """The number of a frame made by `numbered_frame`, from a raster (3, height, width)."""
+    row = np.asarray(raster)[0, raster.shape[1] // 2]
+    bars = [row[(2 * bit + 1) * row.shape[0] // 24] for bit in range(12)]
+    return sum(int(bar > 127) << bit for bit, bar in enumerate(bars))
+
+
+def write_video(
+    path: Path | io.BytesIO,
+    frames: Iterable[np.ndarray],
+    *,
+    fps: str = "25",
+    codec: str = "libx264",
+    format: str | None = None,
+    times: list[int] | None = None,
+    group: int = 12,
+    b_frames: int = 2,
+    muxer: dict[str, str] | None = None,
+    **options: str,
+) -> None:
+    """`times`: presentation times in milliseconds, for a variable rate. `group`: frames from one key frame to the next."""
+    with av.open(path, "w", format=format, options=muxer or {}) as container:
+        stream: Any = None
+        for number, pixels in enumerate(frames):
+            if stream is None:
+                stream = container.add_stream(
+                    codec, rate=Fraction(fps), options={"preset": "ultrafast", "crf": "18", **options}
+                )
+                stream.height, stream.width = pixels.shape[:2]
+                stream.pix_fmt = "yuv420p"
+                stream.codec_context.gop_size = group
+                stream.codec_context.max_b_frames = b_frames
+                stream.codec_context.thread_count = 1
+                if times:
+                    stream.codec_context.time_base = Fraction(1, 1000)
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            if times:
+                frame.pts, frame.time_base = times[number], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        if stream is not None:
+            container.mux(stream.encode(None))
+
+
+def png_header(width: int, height: int, payload: bytes = b"") -> bytes:
+    """A PNG that claims a size and holds `payload` as its compressed pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", payload) + chunk(b"IEND", b"")
+
+
+def pdf(sizes: list[tuple[int, int]]) -> bytes:
+    """A PDF with a page of each (width, height) in points; page n has a black square of 10 n points in its lower left corner."""
+    kids = " ".join(f"{3 + 2 * i} 0 R" for i in range(len(sizes)))
+    objects = ["<< /Type /Catalog /Pages 2 0 R >>", f"<< /Type /Pages /Kids [{kids}] /Count {len(sizes)} >>"]
+    for i, (width, height) in enumerate(sizes):
+        drawing = f"0 0 {10 * (i + 1)} {10 * (i + 1)} re f"
+        objects.append(f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 {width} {height}] /Contents {4 + 2 * i} 0 R >>")
+        objects.append(f"<< /Length {len(drawing)} >>\nstream\n{drawing}\nendstream")
+    out = bytearray(b"%PDF-1.4\n")
+    places = []
+    for number, body in enumerate(objects, 1):
+        places.append(len(out))
+        out += f"{number} 0 obj\n{body}\nendobj\n".encode()
+    table = len(out)
+    out += f"xref\n0 {len(objects) + 1}\n0000000000 65535 f \n".encode()
+    out += b"".join(f"{place:010d} 00000 n \n".encode() for place in places)
+    out += f"trailer\n<< /Size {len(objects) + 1} /Root 1 0 R >>\nstartxref\n{table}\n%%EOF\n".encode()
+    return bytes(out)
+
+
+def encrypted_pdf() -> bytes:
+    """A PDF whose user password is unknown: the standard handler's entries with random keys."""
+    plain = pdf([(100, 100)])
+    keys = f"/Encrypt << /Filter /Standard /V 1 /R 2 /O <{'ab' * 32}> /U <{'cd' * 32}> /P -4 >> /ID [<{'01' * 16}> <{'01' * 16}>]"
+    return plain.replace(b"/Root 1 0 R", b"/Root 1 0 R " + keys.encode())
