@@ -30,7 +30,7 @@ class Row:
     ratio: float
     """Median over rounds of peer time / our time: above 1 we are faster."""
     limit: float
-    """The floor in `unit`: the row's FLOPs at the matmul rate measured in this run."""
+    """The floor in `unit`: the row's FLOPs at the matmul rate, or its bytes at the copy rate, both measured in this run."""
     limit_is: str
     shape: str
     threads: int
@@ -44,6 +44,13 @@ def matmul_rate(dtype: torch.dtype, device: str = "cpu") -> float:
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     best = min(seconds(lambda: torch.mm(a, b), device) for _ in range(6))
     return 2 * size**3 / best
+
+
+def copy_rate() -> float:
+    """Bytes a second of copying memory that no cache holds (read and write counted once each), best of six."""
+    source = torch.zeros(2**26, dtype=torch.float32)
+    target = torch.empty_like(source)
+    return 2 * 4 * source.numel() / min(seconds(lambda: target.copy_(source)) for _ in range(6))
 
 
 def seconds(work: Callable[[], object], device: str = "cpu") -> float:
