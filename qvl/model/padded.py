@@ -17,10 +17,10 @@ def batch_from_padded(tensors: dict[str, Tensor], config: ModelConfig) -> Batch:
     Images and videos come in separate tensors there, each in order over the flattened batch; here they stand in the order of their
     placeholders, a video as one row for each temporal slice.
     """
-    unknown = sorted(set(tensors) - set(KEYS))
+    unknown = sorted(set(tensors) - set(KEYS) - {"mm_token_type_ids"})
     if unknown:
         raise ValueError(
-            f"inputs hold {', '.join(unknown)}; expected some of {', '.join(KEYS)} (positions and token types follow from these)."
+            f"inputs hold {', '.join(unknown)}; expected some of {', '.join(KEYS)} (positions follow from these)."
         )
     if "input_ids" not in tensors or tensors["input_ids"].ndim != 2:
         raise ValueError("inputs need input_ids of shape (rows, tokens).")
@@ -35,6 +35,11 @@ def batch_from_padded(tensors: dict[str, Tensor], config: ModelConfig) -> Batch:
     if int(ids.min()) < 0 or int(ids.max()) >= config.text.vocab_size:
         raise ValueError(
             f"input_ids run from {int(ids.min())} to {int(ids.max())}; the vocabulary has {config.text.vocab_size}."
+        )
+    kinds = (ids == config.image_token_id).long() + 2 * (ids == config.video_token_id).long()
+    if "mm_token_type_ids" in tensors and not torch.equal(tensors["mm_token_type_ids"].long(), kinds):
+        raise ValueError(
+            "mm_token_type_ids disagree with the placeholders in input_ids; leave them out, they follow from the ids."
         )
     lengths = tuple(mask.sum(1).tolist())
     token_T = ids[mask]

@@ -246,6 +246,10 @@ def save(
 
     `companions` is a folder whose tokenizer, template and processor files are copied through unchanged.
     """
+    if any(n.endswith((".lora_down", ".lora_up")) for n, _ in model.named_parameters()):
+        raise ValueError(
+            "the model has an adapter attached; merge or unload it first, or save_adapter to save the adapter alone."
+        )
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
