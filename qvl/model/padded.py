@@ -36,11 +36,16 @@ def batch_from_padded(tensors: dict[str, Tensor], config: ModelConfig) -> Batch:
         raise ValueError(
             f"input_ids run from {int(ids.min())} to {int(ids.max())}; the vocabulary has {config.text.vocab_size}."
         )
-    kinds = (ids == config.image_token_id).long() + 2 * (ids == config.video_token_id).long()
-    if "mm_token_type_ids" in tensors and not torch.equal(tensors["mm_token_type_ids"].long(), kinds):
-        raise ValueError(
-            "mm_token_type_ids disagree with the placeholders in input_ids; leave them out, they follow from the ids."
+    if "mm_token_type_ids" in tensors:
+        kinds = (
+            (ids == config.image_token_id) + 2 * (ids == config.video_token_id)
+            if config.vision
+            else torch.zeros_like(ids)
         )
+        if not torch.equal(tensors["mm_token_type_ids"].long(), kinds.long()):
+            raise ValueError(
+                "mm_token_type_ids disagree with the placeholders in input_ids; leave them out, they follow from these."
+            )
     lengths = tuple(mask.sum(1).tolist())
     token_T = ids[mask]
     patch_PX, grid_I3 = _in_order(tensors, token_T, lengths, config)
