@@ -30,7 +30,7 @@ class Group:
 
     part: Part
     is_matrix: bool
-    """Hidden 2-D weights, which Muon may take; embeddings, head, norms, biases and experts are not."""
+    """Hidden 2-D weights, which Muon may take; embeddings, head, norms, biases, experts and LoRA's factors are not."""
     names: tuple[str, ...]
 
 
@@ -48,9 +48,15 @@ def part_of(name: str) -> Part:
 
 
 def freeze(model: nn.Module, rates: Rates) -> None:
-    """Set requires_grad by part; a parameter frozen for another reason (LoRA's base) stays frozen only if its part is frozen too."""
+    """Set requires_grad by part. With a LoRA adapter attached only its own matrices learn, the base stays as it is."""
+    names = [name for name, _ in model.named_parameters()]
+    has_adapter = any(is_adapter(name) for name in names)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(rates.of(part_of(name)) > 0)
+        parameter.requires_grad_(rates.of(part_of(name)) > 0 and (is_adapter(name) or not has_adapter))
+
+
+def is_adapter(name: str) -> bool:
+    return name.endswith((".lora_down", ".lora_up"))
 
 
 def groups(model: nn.Module) -> list[Group]:
@@ -58,7 +64,7 @@ def groups(model: nn.Module) -> list[Group]:
     found: dict[tuple[Part, bool], list[str]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_table = "embed" in name or "lm_head" in name
+            is_table = "embed" in name or "lm_head" in name or is_adapter(name)
             found.setdefault((part_of(name), parameter.ndim == 2 and not is_table), []).append(name)
     if not found:
         raise ValueError("nothing is trainable: every part is frozen. Give at least one part a rate above 0.")
