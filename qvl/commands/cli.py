@@ -8,6 +8,7 @@ file in CamelCase and `run(args) -> int | None`. It may also hold `parse(argv, r
 import ast
 import dataclasses
 import importlib
+import inspect
 import os
 import re
 import sys
@@ -27,10 +28,12 @@ from qvl.core import config, log
 GROUPS: dict[str, tuple[str, ...]] = {
     "use": ("generate", "chat", "serve"),
     "learn": ("train", "ablate", "plan"),
-    "data": ("import", "index", "preview", "stats", "verify", "build", "filter"),
+    "data": tuple(f"data_{name}" for name in ("import", "index", "preview", "stats", "verify", "build", "filter")),
     "measure": ("eval", "bench"),
     "inside": ("init", "convert", "inspect", "parity", "logits", "doctor"),
 }
+FAMILIES = ("data",)
+"""Commands of two words: data_import.py is typed `qvl data import`."""
 EVERYWHERE = """Every command also takes
   --config FILE.yaml   defaults from a file; flags win over it
   --print-config       print what would run as YAML, and stop
@@ -66,15 +69,20 @@ def _run(argv: list[str]) -> int | None:
         print(f"qvl {qvl.__version__}")
         return 0
     captions = commands()
-    name = argv[0].replace("-", "_")
+    if argv[0] in FAMILIES and (len(argv) == 1 or argv[1] in ("--help", "-h")):
+        _print_help(argv[0])
+        return 0
+    words = 2 if argv[0] in FAMILIES else 1
+    typed, argv = " ".join(argv[:words]), argv[words:]
+    name = typed.replace(" ", "_").replace("-", "_")
     if name not in captions:
-        known = [n.replace("_", "-") for n in captions]
-        raise ValueError(f"there is no command {argv[0]!r}{config.near_miss(argv[0], known)}; qvl --help lists them")
+        known = [spoken(n) for n in captions]
+        raise ValueError(f"there is no command {typed!r}{config.near_miss(typed, known)}; qvl --help lists them")
     log.set_up()
     module = importlib.import_module(f"qvl.commands.{name}")
     cls = getattr(module, "".join(part.capitalize() for part in name.split("_")))
-    about = "\n\n".join((captions[name], (cls.__doc__ or "").strip(), EVERYWHERE))
-    args, only_print = _read(argv[0], about, cls, argv[1:], getattr(module, "parse", None))
+    about = "\n\n".join((captions[name], inspect.cleandoc(cls.__doc__ or ""), EVERYWHERE))
+    args, only_print = _read(spoken(name), about, cls, argv, getattr(module, "parse", None))
     if only_print:
         print(dump_yaml(args), end="")
         return 0
@@ -86,7 +94,13 @@ def commands() -> dict[str, str]:
     files = {p.stem: p for p in Path(__file__).parent.glob("*.py") if p.stem not in ("__init__", "cli")}
     order = [name for names in GROUPS.values() for name in names]
     names = sorted(files, key=lambda name: (order.index(name) if name in order else len(order), name))
-    return {name: caption(files[name]).removeprefix(f"qvl {name}: ") for name in names}
+    return {name: caption(files[name]).removeprefix(f"qvl {spoken(name)}: ") for name in names}
+
+
+def spoken(name: str) -> str:
+    """How a person types a command: say_it is say-it, data_import is `data import`."""
+    family, _, rest = name.partition("_")
+    return f"{family} {rest.replace('_', '-')}" if family in FAMILIES and rest else name.replace("_", "-")
 
 
 def caption(file: Path) -> str:
@@ -179,18 +193,19 @@ for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), list(_first))
 
 
-def _print_help() -> None:
+def _print_help(family: str | None = None) -> None:
+    """All commands, or those of one family."""
     console = Console(highlight=False)
     console.print(f"[bold]qvl[/] {qvl.__version__}: the whole Qwen3-VL system in one readable package\n")
     console.print("usage: qvl COMMAND [FLAGS]      qvl COMMAND --help explains its flags\n", markup=False)
-    captions = commands()
+    captions = {n: c for n, c in commands().items() if family is None or n.startswith(f"{family}_")}
     grouped = {name for names in GROUPS.values() for name in names}
     for group, names in {**GROUPS, "more": tuple(n for n in captions if n not in grouped)}.items():
         table = Table.grid(padding=(0, 2))
         table.add_column(min_width=10, style="cyan", no_wrap=True)
         for name in names:
             if name in captions:
-                table.add_row("  " + name.replace("_", "-"), escape(captions[name]))
+                table.add_row("  " + spoken(name), escape(captions[name]))
         if table.row_count:
             console.print(group, style="bold")
             console.print(table)
