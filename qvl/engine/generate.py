@@ -15,6 +15,8 @@ from qvl.model.qwen3vl import Qwen3VL
 from qvl.model.vision import VisualFeatures
 
 FinishReason = Literal["stop", "length"]
+ENCODE_PATCHES = 16384
+"""Patches that go through the vision tower at once, in whole frames: bounds its memory on a long video and changes nothing else."""
 
 
 class TextStream(Protocol):
@@ -259,7 +261,7 @@ def _piece(model: Qwen3VL, request: _Request, count: int, device: torch.device) 
     if batch.visual_M is None:
         return _Piece(batch.token_T[rows], batch.position_3T[:, rows])
     if request.features is None:
-        request.features = model.encode(batch.to(device))
+        request.features = model.encode(batch.to(device), max_patches=ENCODE_PATCHES)
     low, high = torch.searchsorted(batch.visual_M, torch.tensor([rows.start, rows.stop])).tolist()
     features = None
     if high > low:

@@ -1,0 +1,1 @@
+"""Scorers: one set of pure functions for rewards and for benchmarks."""

@@ -1,0 +1,98 @@
+"""Scorers of moments and spans of a video, in seconds or in hours, minutes and seconds."""
+
+import json
+import re
+import unicodedata
+from itertools import pairwise
+
+from qvl.scoring.extract import short_answer
+from qvl.scoring.truth import Truth, needed, numbers
+
+TOLERANCE = 0.5
+_SLACK = 1e-6
+"""Times are written in tenths; a difference of exactly the tolerance is within it, whatever floats make of it."""
+
+_UNIT = r"(?:\s{0,3}(?:seconds?|secs?|s)\b)?"
+_TIME = re.compile(
+    r"(?<![\w.:])(?:(?P<h>\d{1,3}):)?(?:(?P<m>\d{1,4}):)(?P<s>\d{1,2}(?:\.\d{1,6})?)(?![\w:]|\.\d)"
+    rf"|(?<![\w.:])(?P<n>\d{{1,7}}(?:\.\d{{1,6}})?){_UNIT}(?![\w:]|\.\d)"
+)
+_COUNTED = re.compile(
+    r"(?<![\w.:])(?:(?P<h>\d{1,3})\s{0,3}(?:hours?|h)\s{0,3})?(?P<m>\d{1,4})\s{0,3}(?:minutes?|min|m)\b"
+    r"(?:\s{0,3}(?:and\s{1,3})?(?P<s>\d{1,2}(?:\.\d{1,6})?)\s{0,3}(?:seconds?|secs?|s)\b)?"
+)
+_NEGATIVE = re.compile(r"(?:(?<=^)|(?<=[\s(\[<:,]))[-\u2212](?=\d)")
+
+
+def temporal(answer: str, truth: Truth) -> float:
+    """1 if the one time of the answer is within truth["tolerance"] (half a second) of truth["seconds"]."""
+    said = short_answer(answer)
+    times = set(times_in(said)) if said is not None else set()
+    if len(times) != 1:
+        return 0.0
+    (right,) = numbers([needed(truth, "seconds")], 1, "seconds")
+    return float(abs(times.pop() - right) <= truth.get("tolerance", TOLERANCE) + _SLACK)
+
+
+def temporal_iou(answer: str, truth: Truth) -> float:
+    """Overlap of the one span in the answer with truth["span"], [start, end]. Two different spans score 0, and so does a reversed one."""
+    start, end = numbers(needed(truth, "span"), 2, "span")
+    if not 0 <= start < end:
+        raise ValueError(f"the truth's 'span' is {[start, end]}; expected 0 <= start < end.")
+    said = short_answer(answer)
+    span = one_span(said) if said is not None else None
+    if span is None or span[0] >= span[1]:
+        return 0.0
+    shared = max(0.0, min(span[1], end) - max(span[0], start))
+    return shared / (span[1] - span[0] + end - start - shared)
+
+
+def one_span(text: str) -> tuple[float, float] | None:
+    """The start and end that a text names; None unless it names exactly two times, or the same two again."""
+    times = times_in(_from_json(text) or text)
+    if len(times) < 2 or len(times) % 2:
+        return None
+    spans = set(list(pairwise(times))[::2])
+    return spans.pop() if len(spans) == 1 else None
+
+
+def times_in(text: str) -> list[float]:
+    """Every time in the text in order: `3.4 seconds`, `<3.4 seconds>`, `3.4`, `0:03.4`, `00:00:03.4`, `1 minute 3 seconds`.
+
+    Empty when any is below zero or has more than 59 seconds or minutes after a colon: such an answer names no time.
+    """
+    text = unicodedata.normalize("NFKC", text)
+    if _NEGATIVE.search(text) and not re.search(r"\d\s+[-\u2212]\d", text):
+        return []
+    found = []
+    for match in _COUNTED.finditer(text):
+        found.append((match.start(), _seconds(match)))
+    rest = _COUNTED.sub(lambda match: " " * len(match[0]), text)
+    for match in _TIME.finditer(rest):
+        found.append((match.start(), float(match["n"]) if match["n"] else _seconds(match)))
+    times = [seconds for _, seconds in sorted(found, key=lambda entry: entry[0])]
+    return [] if None in times else [seconds for seconds in times if seconds is not None]
+
+
+def _seconds(match: re.Match[str]) -> float | None:
+    hours, minutes, seconds = (float(match[name] or 0) for name in "hms")
+    if seconds >= 60 or (match["h"] and minutes >= 60):
+        return None
+    return hours * 3600 + minutes * 60 + seconds
+
+
+def _from_json(text: str) -> str | None:
+    """Start and end of a JSON object as plain text, whatever the order of its keys."""
+    try:
+        data = json.loads(re.sub(r"^```\w*|```$", "", text.strip()))
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(data, list) and len(data) == 1:
+        data = data[0]
+    if isinstance(data, dict):
+        pair = [
+            next((data[k] for k in keys if k in data), None) for keys in (("start", "start_time"), ("end", "end_time"))
+        ]
+        if None not in pair:
+            return f"{pair[0]} to {pair[1]}"
+    return None
