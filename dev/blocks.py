@@ -55,7 +55,7 @@ def block(name: str) -> str:
         return tree()
     if name == "commands":
         return _table(
-            ("command", "what it does"), [(f"`qvl {n.replace('_', '-')}`", c) for n, c in cli.commands().items()]
+            ("command", "what it does"), [(f"`qvl {cli.spoken(n)}`", c) for n, c in cli.commands().items()]
         )
     if name == "legend":
         return _table(("letter", "axis"), [(f"`{letter}`", meaning) for letter, meaning in LEGEND.items()])

@@ -1,0 +1,148 @@
+"""Rows of the common data formats become records: OpenAI messages, ms-swift, LLaVA and ShareGPT, plain text."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+from qvl.data.marked import llava_messages, need, swift_messages, take_thought
+from qvl.data.media import MediaBag
+from qvl.data.record import Kind, Record, record_from_dict
+from qvl.prompt.message import ContentPart, Document, Image, Message, Text, Video
+from qvl.prompt.openai import messages_from_dicts
+
+Format = Literal["openai", "swift", "llava", "text", "record"]
+FORMATS: tuple[str, ...] = get_args(Format)
+
+
+def detect(row: Mapping[str, Any]) -> Format:
+    """Which format a row is in, by its keys."""
+    if "conversations" in row:
+        return "llava"
+    if "messages" in row and "kind" in row and "id" in row:
+        return "record"
+    if "messages" in row:
+        return "swift" if {"images", "videos", "objects"} & row.keys() or _has_call_roles(row) else "openai"
+    if "query" in row and "response" in row:
+        return "swift"
+    if isinstance(row.get("text"), str):
+        return "text"
+    raise ValueError(
+        f"a row has the keys {', '.join(map(str, row)) or 'none'}; messages, conversations, query and response, or text was expected."
+    )
+
+
+def _has_call_roles(row: Mapping[str, Any]) -> bool:
+    return any(
+        isinstance(m, Mapping) and m.get("role") in ("tool_call", "tool_response") for m in row["messages"] or ()
+    )
+
+
+def to_record(row: Mapping[str, Any], format: Format, bag: MediaBag, *, id: str, kind: Kind, **facts: str) -> Record:
+    """A record of the row; its media are taken into `bag`. ValueError says what is wrong with the row.
+
+    `facts`: source, category, lang, license, for rows that do not say.
+    """
+    if format == "text":
+        messages: list[dict[str, Any]] = [{"role": "document", "content": need(row, "text", str)}]
+        kind = "pretrain"
+    elif format == "openai":
+        messages = _openai(row, bag)
+    elif format == "swift":
+        messages = swift_messages(row, bag)
+    elif format == "llava":
+        messages = llava_messages(row, bag)
+    else:
+        return _record(row, bag)
+    if kind == "pretrain" and format != "text":
+        raise ValueError("a conversation cannot be a pretrain record; import it as sft, or give rows with text.")
+    if kind != "pretrain" and not any(m["role"] == "assistant" for m in messages):
+        raise ValueError("the conversation has no assistant's message; there is nothing to learn from it.")
+    data: dict[str, Any] = {"id": str(row.get("id") or id), "kind": kind, "messages": messages, "media": {}}
+    for name in ("source", "category", "lang", "license"):
+        value = row.get(name)
+        data[name] = value if isinstance(value, str) and value else facts.get(name, "")
+    if tools := row.get("tools"):
+        data["tools"] = json.loads(tools) if isinstance(tools, str) else tools
+    if isinstance(row.get("reward"), Mapping):
+        data["reward"] = row["reward"]
+    if rejected := row.get("rejected_response") or row.get("rejected_messages"):
+        data["extra"] = {"rejected": rejected}
+    data["media"] = {name: _plain(medium) for name, medium in bag.facts.items()}
+    return record_from_dict(data, "row")
+
+
+def _plain(medium: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(medium).items() if value is not None}
+
+
+def _record(row: Mapping[str, Any], bag: MediaBag) -> Record:
+    """A record in our own form whose media lie beside the list: {"media": {"0.jpg": {"path": "cats/1.jpg"}}}."""
+    given = row.get("media") or {}
+    renamed: dict[str, str] = {}
+    for name, value in given.items():
+        path = value.get("path", name) if isinstance(value, Mapping) else value
+        kinds = {"mp4": "video", "webm": "video", "mkv": "video", "mov": "video", "avi": "video", "pdf": "document"}
+        renamed[name] = bag.add(path, kinds.get(str(path).rpartition(".")[2].lower(), "image"))  # type: ignore[arg-type]
+    text = json.dumps({**row, "media": {}})
+    data = _rename(json.loads(text), renamed)
+    return record_from_dict({**data, "media": {name: _plain(medium) for name, medium in bag.facts.items()}}, "row")
+
+
+def _rename(value: Any, names: Mapping[str, str], key: str = "") -> Any:
+    if isinstance(value, dict):
+        return {k: _rename(v, names, k) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_rename(v, names, key) for v in value]
+    return names.get(value, value) if isinstance(value, str) and key in ("image", "video", "document") else value
+
+
+# ---- OpenAI -------------------------------------------------------------------------------------------------------
+
+
+def _openai(row: Mapping[str, Any], bag: MediaBag) -> list[dict[str, Any]]:
+    given = need(row, "messages", Sequence)
+    bare = [{k: v for k, v in m.items() if k != "weight" and v is not None} for m in given if isinstance(m, Mapping)]
+    if len(bare) != len(given):
+        raise ValueError("a message is no object; role and content were expected.")
+    messages = [_from_message(m, bag) for m in messages_from_dicts(bare)]
+    for message, source in zip(messages, given, strict=True):
+        if source.get("weight") is not None:
+            message["weight"] = source["weight"]
+    return messages
+
+
+def _from_message(message: Message, bag: MediaBag) -> dict[str, Any]:
+    data: dict[str, Any] = {"role": message.role, "content": [_block(part, bag) for part in message.content]}
+    if message.thinking is not None:
+        data["thinking"] = message.thinking
+    elif message.role == "assistant":
+        take_thought(data)
+    if message.tool_calls:
+        data["tool_calls"] = [
+            {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in message.tool_calls
+        ]
+    return data
+
+
+def _block(part: ContentPart, bag: MediaBag) -> dict[str, Any]:
+    match part:
+        case Text():
+            return {"type": "text", "text": part.text}
+        case Image():
+            limits = {"min_tokens": part.min_tokens, "max_tokens": part.max_tokens}
+            return {"type": "image", "image": bag.add(part.source, "image")} | _given(limits)
+        case Video(source=tuple()):
+            seconds = None if part.frame_seconds is None else list(part.frame_seconds)
+            limits = {"fps": part.frame_fps, "timestamps": seconds, "max_tokens": part.max_tokens}
+            return {"type": "video", "video": [bag.add(frame, "image") for frame in part.source]} | _given(limits)
+        case Video():
+            limits = {"fps": part.sample_fps, "num_frames": part.num_frames, "max_tokens": part.max_tokens}
+            return {"type": "video", "video": bag.add(part.source, "video")} | _given(limits)
+        case Document():
+            limits = {"pages": part.pages, "max_tokens": part.max_tokens}
+            return {"type": "document", "document": bag.add(part.source, "document")} | _given(limits)
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}

@@ -1,0 +1,140 @@
+"""Importing: files of other formats in, shards out, and every row that cannot be used written down with its reason."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qvl.core.log import JsonlWriter
+from qvl.data.formats import FORMATS, Format, detect, to_record
+from qvl.data.media import MediaBag
+from qvl.data.record import Kind
+from qvl.data.shard import ShardWriter
+from qvl.data.tables import table_rows
+from qvl.outside.workers import Decoder, InProcess
+
+REJECTS = "rejects.jsonl"
+ENDINGS = (".jsonl", ".json", ".parquet", ".arrow")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportReport:
+    written: int
+    rejected: int
+    shards: tuple[Path, ...]
+    rejects: Path | None
+    """Where the rows that were left out are listed; None when there are none."""
+
+
+def import_data(
+    source: Path,
+    out: Path,
+    *,
+    format: Format | None = None,
+    kind: Kind = "sft",
+    media_root: Path | None = None,
+    name: str = "",
+    category: str = "",
+    license: str = "",
+    lang: str = "",
+    max_records: int = 10_000,
+    max_bytes: int = 1024**3,
+    decoder: Decoder | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> ImportReport:
+    """Reads a .jsonl, .json, .parquet or .arrow file, or a folder of them (a Hugging Face data set), and writes shards to `out`.
+
+    `format` None: told by each row's keys. `media_root`: the folder that the rows' paths start from, the source's own without it.
+    """
+    if format is not None and format not in FORMATS:
+        raise ValueError(f"the format is {format!r}; expected one of {', '.join(FORMATS)}.")
+    files = input_files(source)
+    root = media_root or (source if source.is_dir() else source.parent)
+    decoder = decoder or InProcess()
+    facts = {"source": name or source.stem, "category": category, "license": license, "lang": lang}
+    written, rejected = 0, 0
+    rejects: JsonlWriter | None = None
+    with ShardWriter(out, max_records=max_records, max_bytes=max_bytes) as writer:
+        for file in files:
+            for number, row in rows_of(file):
+                progress(written + rejected)
+                try:
+                    if isinstance(row, ValueError):
+                        raise row
+                    bag = MediaBag(root=root, decoder=decoder)
+                    id = f"{file.stem}-{number}"
+                    record = to_record(row, format or detect(row), bag, id=id, kind=kind, **facts)
+                    writer.write(record, bag.files)
+                    written += 1
+                except ValueError as error:
+                    rejected += 1
+                    rejects = rejects or JsonlWriter(out / REJECTS)
+                    id = row.get("id") if isinstance(row, dict) else None
+                    rejects.write({"file": file.name, "line": number, "id": id, "reason": str(error)})
+        if rejects is not None:
+            rejects.close()
+    return ImportReport(
+        written=written,
+        rejected=rejected,
+        shards=tuple(writer.paths),
+        rejects=out / REJECTS if rejected else None,
+    )
+
+
+def input_files(source: Path) -> list[Path]:
+    """The data files that `source` names, in order. The bookkeeping of a Hugging Face folder is left out."""
+    if source.is_file():
+        if source.suffix not in ENDINGS:
+            raise ValueError(f"{source} ends in {source.suffix or 'nothing'}; expected one of {', '.join(ENDINGS)}.")
+        return [source]
+    if not source.is_dir():
+        raise ValueError(f"{source} does not exist; give a file or a folder of {', '.join(ENDINGS)}.")
+    books = {"dataset_info.json", "state.json", "dataset_dict.json", "dataset_infos.json"}
+    found = sorted(f for f in source.rglob("*") if f.suffix in ENDINGS and f.name not in books)
+    for ending in (".parquet", ".arrow", ".jsonl", ".json"):
+        if files := [f for f in found if f.suffix == ending]:
+            return files
+    raise ValueError(f"{source} holds no {', '.join(ENDINGS)} files.")
+
+
+def rows_of(file: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+    """(line or row number from 1, row). A line that is no object comes as the error that says so."""
+    if file.suffix in (".parquet", ".arrow"):
+        for number, row in enumerate(table_rows(file), 1):
+            yield number, _without_none(row)
+        return
+    if file.suffix == ".json":
+        try:
+            data = json.loads(file.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file} is not JSON: {error}.") from None
+        if not isinstance(data, list):
+            raise ValueError(f"{file} holds a {type(data).__name__}; expected a list of rows.")
+        for number, row in enumerate(data, 1):
+            yield (
+                number,
+                row
+                if isinstance(row, dict)
+                else ValueError(f"row {number} is a {type(row).__name__}; expected an object."),
+            )
+        return
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield number, _parsed(line, number)
+
+
+def _without_none(value: Any) -> Any:
+    """Tables give every row every key; what is null was not there."""
+    if isinstance(value, dict):
+        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+    return [_without_none(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _parsed(line: bytes, number: int) -> dict[str, Any] | ValueError:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"line {number} is not JSON: {error}.")
+    return row if isinstance(row, dict) else ValueError(f"line {number} is a {type(row).__name__}; expected an object.")

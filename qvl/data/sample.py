@@ -1,0 +1,63 @@
+"""A draft becomes a Sample: its media are decoded, and must be what the record says they are."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qvl.core.batch import Sample
+from qvl.data.draft import DPI, Draft
+from qvl.data.messages import MediaName, Page
+from qvl.outside.workers import Decoder
+from qvl.prompt.document import load_document
+from qvl.prompt.message import Image, Video
+from qvl.prompt.processor import Processor, image_budget_for
+from qvl.prompt.visual import Visual
+
+
+def materialise(
+    draft: Draft, media: Mapping[str, bytes], processor: Processor, decoder: Decoder | None = None
+) -> Sample:
+    """The sample with its patches. ValueError when a medium cannot be decoded or has another size than its facts say."""
+    if not draft.parts:
+        return draft.sample
+    patches: list[Tensor] = []
+    for part, expected in zip(draft.parts, draft.stand_ins, strict=True):
+        visual = load_part(part, media, processor, decoder)
+        _check(visual, expected, part)
+        patches.append(visual.patch_PX)
+    patch_PX = torch.cat(patches) if len(patches) > 1 else patches[0]
+    return replace(draft.sample, patch_PX=patch_PX[: draft.num_patches])
+
+
+def load_part(
+    part: Image | Video, media: Mapping[str, bytes], processor: Processor, decoder: Decoder | None = None
+) -> Visual:
+    """The patches of one picture, page or video of a record."""
+    if isinstance(part, Image) and isinstance(part.source, Page):
+        assert processor.image_budget is not None
+        budget = image_budget_for(processor.image_budget, part.min_tokens, part.max_tokens)
+        pages = str(part.source.number + 1)
+        return next(iter(load_document(media[part.source.name], pages, budget, decoder, dpi=DPI)))
+
+    def opened(source: Any) -> bytes:
+        assert isinstance(source, MediaName)
+        return media[source.name]
+
+    return processor.load(part, decoder=decoder, opener=opened)
+
+
+def _check(visual: Visual, expected: Visual, part: Image | Video) -> None:
+    name = part.source[0].name if isinstance(part.source, tuple) else part.source.name
+    if not torch.equal(visual.grid_I3, expected.grid_I3):
+        raise ValueError(
+            f"{name} gives {visual.grid_I3.shape[0]} x {visual.grid_I3[0].tolist()} patches and its facts promise "
+            f"{expected.grid_I3.shape[0]} x {expected.grid_I3[0].tolist()}; import the record again."
+        )
+    if visual.seconds is not None and expected.seconds is not None:
+        pairs = zip(visual.seconds, expected.seconds, strict=True)
+        if any(not math.isclose(a, b, abs_tol=1e-6) for a, b in pairs):
+            raise ValueError(f"{name} has other frame times than its facts promise; import the record again.")
