@@ -54,9 +54,7 @@ def block(name: str) -> str:
     if name == "tree":
         return tree()
     if name == "commands":
-        return _table(
-            ("command", "what it does"), [(f"`qvl {cli.spoken(n)}`", c) for n, c in cli.commands().items()]
-        )
+        return _table(("command", "what it does"), [(f"`qvl {cli.spoken(n)}`", c) for n, c in cli.commands().items()])
     if name == "legend":
         return _table(("letter", "axis"), [(f"`{letter}`", meaning) for letter, meaning in LEGEND.items()])
     return bench(name.removeprefix("bench:"), read_jsonl(ROOT / "bench" / "results.jsonl"))

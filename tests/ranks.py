@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from test_train import Drawn, Pack, settings, small
 
 from qvl.model.qwen3vl import new_model
 from qvl.parallel.data_parallel import join_world
 from qvl.train.loop import fit
 from qvl.train.objective import NextToken
+from test_train import Drawn, Pack, settings, small
 
 
 class Share(Drawn):

@@ -262,7 +262,17 @@ def test_an_adapter_changes_the_answer_and_one_that_does_nothing_does_not(
     models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def tokens(*extra: str) -> list[int]:
-        flags = ["--model", models["instruct"], "--prompt", "hello", "--max-tokens", "4", "--temperature", "0", "--json"]
+        flags = [
+            "--model",
+            models["instruct"],
+            "--prompt",
+            "hello",
+            "--max-tokens",
+            "4",
+            "--temperature",
+            "0",
+            "--json",
+        ]
         assert cli.main(["generate", *flags, *extra]) == 0
         return json.loads(capsys.readouterr().out)["tokens"]
 

@@ -117,9 +117,7 @@ class Vision(nn.Module):
 
         Frames do not see each other, so chunking changes nothing but the memory.
         """
-        if sum(frame_lengths) != patch_PX.shape[0]:
-            raise ValueError(f"{patch_PX.shape[0]} patches came, but the grids say {sum(frame_lengths)}.")
-        places = patch_places(grid_I3, frame_lengths, self.config.spatial_merge_size)
+        places = self._places(patch_PX, grid_I3, frame_lengths)
         chunks = [frame_lengths] if max_patches is None else frame_chunks(frame_lengths, max_patches)
         features, start = [], 0
         for chunk in chunks:
@@ -132,17 +130,33 @@ class Vision(nn.Module):
         levels = zip(*(f.deepstack for f in features), strict=True)
         return VisualFeatures(torch.cat([f.merged_MD for f in features]), tuple(torch.cat(level) for level in levels))
 
+    def patch_states(self, patch_PX: Tensor, grid_I3: Tensor, frame_lengths: tuple[int, ...]) -> Tensor:
+        """Patches after the last block, before any merger (P, C): what the vision pre-stage trains."""
+        places = self._places(patch_PX, grid_I3, frame_lengths)
+        return self._states(patch_PX, places, Packed(frame_lengths, is_causal=False))
+
+    def _places(self, patch_PX: Tensor, grid_I3: Tensor, frame_lengths: tuple[int, ...]) -> PatchPlaces:
+        if sum(frame_lengths) != patch_PX.shape[0]:
+            raise ValueError(f"{patch_PX.shape[0]} patches came, but the grids say {sum(frame_lengths)}.")
+        return patch_places(grid_I3, frame_lengths, self.config.spatial_merge_size)
+
     def _encode(self, patch_PX: Tensor, places: PatchPlaces, layout: Layout) -> VisualFeatures:
+        deepstack: list[Tensor] = []
+        x_PC = self._states(patch_PX, places, layout, deepstack_out=deepstack)
+        return VisualFeatures(self.merger(x_PC), tuple(deepstack))
+
+    def _states(
+        self, patch_PX: Tensor, places: PatchPlaces, layout: Layout, *, deepstack_out: list[Tensor] | None = None
+    ) -> Tensor:
         x_PC = self.patch_embed(patch_PX)
         x_PC = x_PC + interpolate_table(self.pos_embed.weight, places).to(x_PC.dtype)
         cos_PH, sin_PH = rotary_2d(places, self.config.head_dim)
-        deepstack = []
         for index, block in enumerate(self.blocks):
             x_PC = block(x_PC, cos_PH, sin_PH, layout)
-            if index in self.config.deepstack_visual_indexes:
+            if deepstack_out is not None and index in self.config.deepstack_visual_indexes:
                 level = self.config.deepstack_visual_indexes.index(index)
-                deepstack.append(self.deepstack_merger_list[level](x_PC))
-        return VisualFeatures(self.merger(x_PC), tuple(deepstack))
+                deepstack_out.append(self.deepstack_merger_list[level](x_PC))
+        return x_PC
 
 
 def patch_places(grid_I3: Tensor, frame_lengths: tuple[int, ...], merge: int) -> PatchPlaces:
