@@ -1,87 +1,101 @@
-"""The story so far: a tokenizer from real text, a tiny network that equals transformers', an answer to a photograph and a film."""
+"""The story so far: a tokenizer and a small language model from real text, in a network that equals transformers' and sees files."""
 
+import shutil
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-from rich.console import Console
-
-from qvl.engine.generate import stream
+from qvl.engine.generate import generate
 from qvl.engine.sampling import Sampling
 from qvl.eval.parity import compare
+from qvl.model.qwen3vl import Qwen3VL
 from qvl.model.weights import load
 from qvl.prompt.message import Image, Message, Text, Video
 from qvl.prompt.processor import Processor
 from qvl.recipes.quickstart.checkpoint import write_checkpoint
 from qvl.recipes.quickstart.corpus import documents
+from qvl.recipes.quickstart.language import SKILLS, small_model, tell
 from qvl.recipes.quickstart.media import film, photograph
+from qvl.recipes.quickstart.story import Story
 from qvl.recipes.quickstart.vocabulary import train_tokenizer
-
-console = Console()
+from qvl.worlds.catalogue import world
 
 
 def main(work: Path = Path("runs/quickstart")) -> int:
     """Returns 1 when a promise is broken."""
-    work.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    story = Story(work)
     folder = work / "checkpoint"
-    with chapter("A tokenizer from real text"):
+    with story.chapter(
+        "A tokenizer from real text", "Byte-level BPE with Qwen3-VL's pipeline and its 26 control tokens."
+    ):
         texts = documents(("sklearn",))
-        tokenizer = train_tokenizer(texts)
-        num_bytes = len("".join(texts[:20]).encode())
-        num_tokens = sum(len(tokenizer.encode_text(text)) for text in texts[:20])
-        console.print(f"{len(texts)} documents, {tokenizer.num_ids} ids, {num_bytes / num_tokens:.2f} bytes a token")
+        told = [
+            part.text
+            for name in SKILLS
+            for i in range(150)
+            for message in world(name)(1, i).messages
+            for part in message.parts
+            if isinstance(part, Text)
+        ]
+        tokenizer = train_tokenizer([*texts, *told])
+        sizes = [(len(t.encode()), len(tokenizer.encode_text(t))) for t in texts[:20]]
+        ratio = sum(b for b, _ in sizes) / sum(n for _, n in sizes)
+        story.console.print(f"{len(texts)} documents, {tokenizer.num_ids} ids, {ratio:.2f} bytes a token")
 
-    with chapter("A tiny network, saved as Hugging Face saves it"):
-        write_checkpoint(folder, tokenizer)
+    with story.chapter(
+        "A small network, saved as Hugging Face saves it", "Qwen3-VL's shape at a thousandth of the size."
+    ):
+        write_checkpoint(folder, small_model(tokenizer), tokenizer)
         model = load(folder)
-        console.print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {folder}")
+        story.console.print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {folder}")
 
-    with chapter("Is it the same network as transformers' Qwen3-VL? (text, pictures, video, a padded batch)"):
+    processor = Processor.from_folder(folder)
+    with story.chapter(
+        "A small language model",
+        "Before it sees, it reads: prose for the words, told scenes for answering questions. One loop, square-root loss, Muon.",
+    ):
+        tell(story, model, processor, texts)
+        write_checkpoint(folder, model, tokenizer)
+
+    with story.chapter(
+        "Is it the same network as transformers' Qwen3-VL?", "Text, pictures, video and a padded batch, in one folder."
+    ):
         rows = compare(folder)
         for row in rows:
             errors = f"logits {row.logit_error:.0e}  gradients {row.gradient_error:.0e}  bf16 {row.bf16_ratio:.2f}"
-            console.print(f"{row.case:8} {errors}  {'same' if row.passed else 'DIFFERENT'}")
+            story.console.print(f"{row.case:8} {errors}  {'same' if row.passed else '[red]DIFFERENT[/red]'}")
 
-    processor = Processor.from_folder(folder)
-    with chapter("A photograph and a film in, an answer out (random weights: the words mean nothing yet)"):
+    with story.chapter(
+        "A photograph and a film in, an answer out", "The tower is still untrained, so these words mean nothing yet."
+    ):
         for part in (Image(str(photograph())), Video(str(film(work)))):
-            answer(model, processor, part)
-    console.print(f"\nTry it: .venv/bin/qvl generate --model {folder} --image {photograph()} --prompt 'What is this?'")
-    return 0 if all(row.passed for row in rows) else 1
+            answer(story, model, processor, part)
+    report = story.write_report()
+    story.console.print(f"\n{report} holds the figures. Try it:")
+    story.console.print(
+        f"  .venv/bin/qvl generate --model {folder} --image CAT.png --prompt 'What is this?'", markup=False
+    )
+    return 0 if all(row.passed for row in rows) and all(skill.holds for skill in story.skills) else 1
 
 
-def answer(model: torch.nn.Module, processor: Processor, part: Image | Video) -> None:
+def answer(story: Story, model: Qwen3VL, processor: Processor, part: Image | Video) -> None:
     """Prints what went in and the first tokens of what came out."""
     encoded = processor([Message("user", (part, Text("What is this?")))])
     (visual,) = encoded.visuals
-    slices = f"{len(visual.seconds)} time steps, " if visual.seconds else ""
-    console.print(
-        f"{Path(str(part.source)).name}: {visual.source_width}x{visual.source_height} -> {visual.width}x{visual.height}, {slices}"
+    steps = f"{len(visual.seconds)} time steps, " if visual.seconds else ""
+    story.console.print(
+        f"{Path(str(part.source)).name}: {visual.source_width}x{visual.source_height} -> {visual.width}x{visual.height}, {steps}"
         f"{visual.num_tokens} visual tokens in a prompt of {encoded.sample.num_tokens}"
     )
-    ends = frozenset({processor.tokenizer.control_id("<|im_end|>")})
-    words = [
-        event.text
-        for event in stream(
-            model,  # type: ignore[arg-type]
-            [encoded.sample],
-            Sampling(temperature=0, max_tokens=12),
-            end_tokens=ends,
-            text_stream=lambda: processor.tokenizer.stream(skip_special=True),
-        )
-    ]
-    console.print("  ->", repr("".join(words)), markup=False)
-
-
-@contextmanager
-def chapter(title: str) -> Iterator[None]:
-    start = time.perf_counter()
-    console.print(f"\n[bold]{title}[/bold]")
-    yield
-    console.print(f"[dim]{time.perf_counter() - start:.1f} s[/dim]")
+    (generation,) = generate(
+        model,
+        [encoded.sample],
+        Sampling(temperature=0, max_tokens=12),
+        end_tokens=frozenset({processor.tokenizer.control_id("<|im_end|>")}),
+        text_stream=lambda: processor.tokenizer.stream(skip_special=True),
+    )
+    story.console.print("  ->", repr(generation.text), markup=False)
 
 
 if __name__ == "__main__":
