@@ -1,0 +1,77 @@
+"""The README's four commands: one's own conversations become shards, an index, a trained and exported model, an answer."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen3VLForConditionalGeneration
+
+from media_files import encoded, gradient
+from qvl.commands import cli
+from qvl.core.log import read_jsonl
+from qvl.model.weights import load
+from tiny_checkpoint import tiny_checkpoint
+
+README = Path(__file__).parents[1] / "README.md"
+SMALL = "--steps 6 --lr 3e-3 --pack-tokens 512 --packs-per-step 1 --warmup-steps 1 --dtype float32 --checkpoint-every 3"
+
+
+def readme_commands() -> list[list[str]]:
+    block = re.search(r"<!-- train -->\n```\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert block is not None
+    return [shlex.split(line)[1:] for line in block[1].strip().splitlines()]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with what the README names: a model, conversations, a picture, a mixture."""
+    tiny_checkpoint(tmp_path / "DIR", "instruct")
+    (tmp_path / "cat.png").write_bytes(encoded(gradient(64, 96), "PNG"))
+    picture = {"type": "image_url", "image_url": {"url": "cat.png"}}
+    talks = [
+        [picture, {"type": "text", "text": "What is this?"}, "A gradient."],
+        [{"type": "text", "text": "Say yes."}, "Yes."],
+    ]
+    rows = [
+        {"messages": [{"role": "user", "content": talk[:-1]}, {"role": "assistant", "content": talk[-1]}]}
+        for talk in talks
+    ]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "mine.yaml").write_text("sources:\n  - {path: shards, weight: 1.0}\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_readmes_commands_train_export_and_answer(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data_import, data_index, train, generate = readme_commands()
+    assert cli.main(data_import) == 0
+    assert cli.main(data_index) == 0
+    assert cli.main([*train, *SMALL.split()]) == 0
+    rows = read_jsonl(here / "run" / "log.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    capsys.readouterr()
+    assert cli.main([*generate, "--max-tokens", "4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_input_tokens"] > 6
+
+    ours = load(here / "run" / "export")
+    theirs = Qwen3VLForConditionalGeneration.from_pretrained(here / "run" / "export", dtype=torch.float32)
+    trained = dict(theirs.named_parameters())
+    for name, parameter in ours.language_model.named_parameters():
+        assert torch.equal(trained[f"model.language_model.{name}"], parameter)
+
+
+def test_lora_leaves_the_base_alone_and_writes_an_adapter_peft_can_read(here: Path) -> None:
+    data_import, data_index, train, _ = readme_commands()
+    assert cli.main(data_import) == 0
+    assert cli.main(data_index) == 0
+    assert cli.main([*train, *SMALL.split(), "--lora-rank", "4"]) == 0
+    assert json.loads((here / "run" / "adapter" / "adapter_config.json").read_text())["r"] == 4
+    before, after = load(here / "DIR", dtype=torch.bfloat16), load(here / "run" / "export", dtype=torch.bfloat16)
+    changed = {
+        n for (n, a), b in zip(before.named_parameters(), after.parameters(), strict=True) if not torch.equal(a, b)
+    }
+    assert changed and all("language_model.layers" in name and name.endswith("_proj.weight") for name in changed)
