@@ -14,6 +14,7 @@ from bench.network import same_in_transformers, text_inputs
 from bench.rows import Row, copy_rate, in_turn
 from qvl.core.batch import Sample
 from qvl.engine.generate import generate
+from qvl.engine.prepare import prepare
 from qvl.engine.sampling import Sampling
 from qvl.model.config import ModelConfig, preset
 from qvl.model.qwen3vl import Qwen3VL, new_model
@@ -33,6 +34,7 @@ def rows(rounds: int = 7, device: str = "cpu", size: str = "0.2B") -> list[Row]:
     pictures.append(video_row(rounds, rate))
     ours = new_model(preset(size), dtype=torch.bfloat16, device=device)
     theirs = same_in_transformers(ours)
+    prepare(ours)
     theirs.to(torch.device(device))  # type: ignore[arg-type]
     return pictures + [decode_row(ours, theirs, batch, rounds, rate, size) for batch in (1, 8)]
 

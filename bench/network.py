@@ -38,7 +38,7 @@ ENCODE = {"512x512 image": (1, 32, 32), "1024x1024 image": (1, 64, 64), "8 slice
 
 
 def encode_row(ours: Qwen3VL, theirs: transformers.PreTrainedModel, name: str, grid: tuple[int, int, int], make) -> Row:
-    inputs = visual_inputs(ours.config, grid, 0, next(ours.parameters()).device)
+    inputs = visual_inputs(ours.config, grid, 0, ours.device)
     batch = to_batch(ours, inputs)
     pixels, thw = inputs["pixel_values"].to(torch.bfloat16), inputs["image_grid_thw"]
 
@@ -55,7 +55,7 @@ def encode_row(ours: Qwen3VL, theirs: transformers.PreTrainedModel, name: str, g
 
 def prefill_row(ours: Qwen3VL, theirs: transformers.PreTrainedModel, tokens: int, make) -> Row:
     """Text prompt in, logits of the last token out."""
-    inputs = text_inputs(tokens, next(ours.parameters()).device)
+    inputs = text_inputs(tokens, ours.device)
     batch = to_batch(ours, inputs)
 
     def run_ours() -> None:
@@ -74,7 +74,7 @@ def train_row(
     ours: Qwen3VL, theirs: transformers.PreTrainedModel, tokens: int, grid: tuple[int, int, int] | None, make
 ) -> Row:
     """Forward, cross-entropy over all tokens, backward; one sequence, so that packing gives us nothing."""
-    device = next(ours.parameters()).device
+    device = ours.device
     inputs = text_inputs(tokens, device) if grid is None else visual_inputs(ours.config, grid, tokens, device)
     batch = to_batch(ours, inputs)
     target_T = inputs["input_ids"][0, 1:]
@@ -100,8 +100,8 @@ def deepstack_row(ours: Qwen3VL, make) -> Row:
     config = ours.config
     assert config.vision is not None
     plain_config = replace(config, vision=replace(config.vision, deepstack_visual_indexes=()))
-    plain = new_model(plain_config, dtype=torch.bfloat16, device=next(ours.parameters()).device)
-    inputs = visual_inputs(config, (1, 32, 32), 512, next(ours.parameters()).device)
+    plain = new_model(plain_config, dtype=torch.bfloat16, device=ours.device)
+    inputs = visual_inputs(config, (1, 32, 32), 512, ours.device)
     batch = to_batch(ours, inputs)
 
     def run(model: Qwen3VL) -> None:
@@ -178,4 +178,4 @@ def visual_inputs(
 
 def to_batch(ours: Qwen3VL, inputs: dict[str, Tensor]) -> Batch:
     batch = batch_from_padded({k: v.cpu() for k, v in inputs.items()}, ours.config)
-    return batch.to(next(ours.parameters()).device)
+    return batch.to(ours.device)

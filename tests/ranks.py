@@ -1,4 +1,4 @@
-"""Run by torchrun in test_data_parallel: trains a small model on this rank's share of fixed packs and saves what came out."""
+"""Run by test_data_parallel (under torchrun) and test_kill: trains a small model on this rank's share of fixed packs and saves what came out."""
 
 import sys
 from collections.abc import Sequence
@@ -25,15 +25,16 @@ class Share(Drawn):
         return packs[self.rank :: self.size]
 
 
-def main(out: Path, steps: int) -> None:
+def main(out: Path, steps: int, checkpoint_every: int = 0) -> None:
     torch.set_num_threads(1)
     world = join_world(torch.device("cpu"))
     model = new_model(small())
     stream = Share(world.rank, world.size)
-    fit(NextToken(model, see_always=world.size > 1), stream, settings(steps), out, world)
+    config = settings(steps, checkpoint_every=checkpoint_every)
+    fit(NextToken(model, see_always=world.size > 1), stream, config, out, world)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

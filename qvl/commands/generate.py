@@ -15,6 +15,7 @@ from qvl.commands.cli import take_in_order
 from qvl.core.batch import Sample
 from qvl.core.device import pick_device, pick_dtype
 from qvl.engine.generate import Event, stream
+from qvl.engine.prepare import prepare
 from qvl.engine.sampling import Preset, Sampling, defaults, end_tokens
 from qvl.model.lora import load_adapter, merge
 from qvl.model.qwen3vl import Qwen3VL
@@ -202,7 +203,7 @@ def report(
         **({"top_logprobs": top} if session.sampling.num_logprobs else {}),
         "finish": events[-1].finish,
         "sampling": asdict(session.sampling),
-        "dtype": str(next(session.model.parameters()).dtype).removeprefix("torch."),
+        "dtype": str(session.model.dtype).removeprefix("torch."),
         "media": list(media),
     }
 
@@ -228,6 +229,7 @@ class Session:
         if args.adapter is not None:
             load_adapter(model, args.adapter)
             merge(model, keep_base=False)
+        prepare(model, free=True)
         return cls(
             model=model,
             processor=processor,

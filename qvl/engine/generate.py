@@ -104,7 +104,6 @@ def stream(
         )
     if any(s.stop for s in each) and text_stream is None:
         raise ValueError("stop strings need a text_stream to look for them in.")
-    parameter = next(model.parameters())
     requests = [
         _Request.new(number, sample, settings, model, end_tokens, text_stream)
         for number, (sample, settings) in enumerate(zip(samples, each, strict=True))
@@ -113,8 +112,8 @@ def stream(
         model.config.text,
         num_blocks=sum(-(-r.max_length // block_size) for r in requests),
         block_size=block_size,
-        dtype=parameter.dtype,
-        device=parameter.device,
+        dtype=model.dtype,
+        device=model.device,
     )
     for request in requests:
         request.blocks = cache.take(cache.num_blocks_for(request.max_length))

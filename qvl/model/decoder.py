@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from qvl.model.attention import Layout
 from qvl.model.config import TextConfig
-from qvl.model.layers import MLP, RMSNorm
+from qvl.model.layers import MLP, Linear, RMSNorm
 from qvl.model.moe import MoE, RouterStats
 from qvl.model.rope import Rotary, rotate
 
@@ -27,10 +27,10 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
         heads, kv_heads = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, heads, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_heads, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_heads, bias=False)
-        self.o_proj = nn.Linear(heads, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, heads, bias=False)
+        self.k_proj = Linear(config.hidden_size, kv_heads, bias=False)
+        self.v_proj = Linear(config.hidden_size, kv_heads, bias=False)
+        self.o_proj = Linear(heads, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 

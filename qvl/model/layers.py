@@ -1,8 +1,28 @@
-"""The small parts that repeat: RMSNorm and the gated MLP."""
+"""The small parts that repeat: the linear map that may be packed for a CPU, RMSNorm, the gated MLP."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+class Linear(nn.Linear):
+    """nn.Linear that may carry its weight a second time in the order the CPU's matmul likes (made by engine.prepare, for inference).
+
+    The packed product equals the plain one to the bit (tests/test_prepare.py); it saves reordering the weight at every call.
+    """
+
+    packed: Tensor | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Any axes in front; the last is the width."""
+        return linear(input, self.weight, self.bias, self.packed)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None) -> Tensor:
+    """x @ weight.T + bias. A packed weight has no gradient, so it is used only where none is wanted."""
+    if packed is None or torch.is_grad_enabled():
+        return F.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
 class RMSNorm(nn.Module):
@@ -23,9 +43,9 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(width, inner, bias=False)
-        self.up_proj = nn.Linear(width, inner, bias=False)
-        self.down_proj = nn.Linear(inner, width, bias=False)
+        self.gate_proj = Linear(width, inner, bias=False)
+        self.up_proj = Linear(width, inner, bias=False)
+        self.down_proj = Linear(inner, width, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))

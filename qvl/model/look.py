@@ -65,7 +65,7 @@ def look(model: Qwen3VL, batch: Batch, queries: Sequence[int], layers: Sequence[
     if not queries or not layers:
         raise ValueError("nothing to look at; name at least one token and one layer.")
     looking = Looking(Packed(batch.lengths, is_causal=True), tuple(queries), frozenset(layers))
-    model(batch.to(next(model.parameters()).device), layout=looking)
+    model(batch.to(model.device), layout=looking)
     return torch.stack([looking.seen[layer].cpu() for layer in layers])
 
 

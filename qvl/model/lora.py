@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qvl.core.log import log
+from qvl.model.layers import Linear
 from qvl.model.qwen3vl import Qwen3VL
 from qvl.model.weights import to_checkpoint_name
 
@@ -404,7 +405,7 @@ def _attach(model: Qwen3VL, layers: dict[str, LoraLinear]) -> None:
 def _detach(model: Qwen3VL) -> None:
     plain = {}
     for path, layer in _attached(model).items():
-        plain[path] = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        plain[path] = Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         plain[path].weight, plain[path].bias = layer.weight, layer.bias
         plain[path].train(layer.training)
     _replace(model, plain)

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from qvl.model.config import VisionConfig
+from qvl.model.layers import Linear
 
 
 class Merger(nn.Module):
@@ -13,9 +14,9 @@ class Merger(nn.Module):
         self.joined = config.hidden_size * config.merge_area
         self.is_post_shuffle = is_post_shuffle
         self.norm = nn.LayerNorm(self.joined if is_post_shuffle else config.hidden_size, eps=1e-6)
-        self.linear_fc1 = nn.Linear(self.joined, self.joined)
+        self.linear_fc1 = Linear(self.joined, self.joined)
         self.act = nn.GELU()
-        self.linear_fc2 = nn.Linear(self.joined, config.out_hidden_size)
+        self.linear_fc2 = Linear(self.joined, config.out_hidden_size)
 
     def forward(self, x_PC: Tensor) -> Tensor:
         """(P, C) -> (M, D), M = P / 4."""

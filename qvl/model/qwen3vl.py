@@ -2,12 +2,12 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from qvl.core.batch import Batch
 from qvl.model.attention import Layout, Packed
 from qvl.model.config import ModelConfig
 from qvl.model.decoder import Decoder, DeepStack, embed
+from qvl.model.layers import Linear, linear
 from qvl.model.moe import Experts, RouterStats
 from qvl.model.vision import Vision, VisualFeatures, sincos_table
 
@@ -18,6 +18,9 @@ class Qwen3VL(nn.Module):
     Module names are the checkpoint's, less the leading `model.` (weights.py maps them).
     """
 
+    packed_head: Tensor | None = None
+    """The head in the CPU matmul's order (engine.prepare)."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -25,7 +28,7 @@ class Qwen3VL(nn.Module):
             self.visual = Vision(config.vision)
         self.language_model = Decoder(config.text)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+            self.lm_head = Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
 
     def forward(
         self,
@@ -66,7 +69,15 @@ class Qwen3VL(nn.Module):
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """(T, V) for any rows of hidden states."""
-        return F.linear(hidden_TD, self.head_weight)
+        return linear(hidden_TD, self.head_weight, None, self.packed_head)
+
+    @property
+    def device(self) -> torch.device:
+        return self.language_model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.language_model.embed_tokens.weight.dtype
 
     @property
     def head_weight(self) -> Tensor:

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from qvl.model.attention import Layout, Packed
 from qvl.model.config import VisionConfig
+from qvl.model.layers import Linear
 from qvl.model.merger import Merger
 
 
@@ -35,7 +36,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.proj = nn.Linear(config.patch_numbers, config.hidden_size)
+        self.proj = Linear(config.patch_numbers, config.hidden_size)
 
     def forward(self, patch_PX: Tensor) -> Tensor:
         return self.proj(normalise(patch_PX).to(self.proj.weight.dtype))
@@ -58,8 +59,8 @@ class VisionAttention(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x_PC: Tensor, cos_PH: Tensor, sin_PH: Tensor, layout: Layout) -> Tensor:
         q_PNH, k_PNH, v_PNH = self.qkv(x_PC).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
@@ -70,8 +71,8 @@ class VisionAttention(nn.Module):
 class VisionMLP(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.linear_fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.linear_fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.linear_fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.linear_fc2 = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x_PC: Tensor) -> Tensor:
         return self.linear_fc2(F.gelu(self.linear_fc1(x_PC), approximate="tanh"))

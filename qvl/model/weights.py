@@ -250,9 +250,13 @@ def save(
         raise ValueError(
             "the model has an adapter attached; merge or unload it first, or save_adapter to save the adapter alone."
         )
+    if any(p.is_meta for p in model.parameters()):
+        raise ValueError(
+            "the model's plain weights were freed for serving (engine.prepare); load its folder again to save it."
+        )
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    dtype = str(model.dtype).removeprefix("torch.")
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder.parent) as aside_name:
         aside = Path(aside_name)
         _write_shards(model, aside, layout, max_shard_bytes)
