@@ -1,4 +1,4 @@
-"""Run by test_data_parallel (under torchrun) and test_kill: trains a small model on this rank's share of fixed packs and saves what came out."""
+"""Run by test_data_parallel (under torchrun) and test_kill: trains a small model on this rank's share of fixed packs."""
 
 import sys
 from collections.abc import Sequence

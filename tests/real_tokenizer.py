@@ -10,41 +10,14 @@ from pathlib import Path
 
 import dashscope
 
+from qvl.prompt.control import QWEN3_VL_CONTROL
 from qvl.prompt.tokenizer import ControlToken, Tokenizer, byte_letters, describe
 
 CACHE = Path(__file__).parent.parent / ".cache" / "real_tokenizer"
 
-# The 26 tokens beside the byte-pair vocabulary, from id 151643 on; the flag says whether decoding may skip them.
-NAMES = {
-    "<|endoftext|>": True,
-    "<|im_start|>": True,
-    "<|im_end|>": True,
-    "<|object_ref_start|>": True,
-    "<|object_ref_end|>": True,
-    "<|box_start|>": True,
-    "<|box_end|>": True,
-    "<|quad_start|>": True,
-    "<|quad_end|>": True,
-    "<|vision_start|>": True,
-    "<|vision_end|>": True,
-    "<|vision_pad|>": True,
-    "<|image_pad|>": True,
-    "<|video_pad|>": True,
-    "<tool_call>": False,
-    "</tool_call>": False,
-    "<|fim_prefix|>": False,
-    "<|fim_middle|>": False,
-    "<|fim_suffix|>": False,
-    "<|fim_pad|>": False,
-    "<|repo_name|>": False,
-    "<|file_sep|>": False,
-    "<tool_response>": False,
-    "</tool_response>": False,
-    "<think>": False,
-    "</think>": False,
-}
 CONTROL = tuple(
-    ControlToken(id=151643 + i, name=name, is_special=special) for i, (name, special) in enumerate(NAMES.items())
+    ControlToken(id=151643 + i, name=name, is_special=special)
+    for i, (name, special) in enumerate(QWEN3_VL_CONTROL.items())
 )
 
 
@@ -55,7 +28,10 @@ def real_tokenizer() -> Tokenizer:
 
 def write_small_tokenizer(folder: Path) -> Path:
     """A tokenizer of bytes and the 26 control tokens, for tests that need a folder and not the real ids."""
-    added = [ControlToken(id=256 + i, name=name, is_special=special) for i, (name, special) in enumerate(NAMES.items())]
+    added = [
+        ControlToken(id=256 + i, name=name, is_special=special)
+        for i, (name, special) in enumerate(QWEN3_VL_CONTROL.items())
+    ]
     description = describe(dict(byte_letters()), [], added)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(json.dumps(description), encoding="utf-8")

@@ -165,7 +165,7 @@ def test_missing_and_broken_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"vocab\.json is missing"):
         Tokenizer.from_folder(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
+    with pytest.raises(ValueError, match="is not valid JSON"):
         Tokenizer.from_folder(tmp_path)
 
 

@@ -12,6 +12,7 @@ import torch
 from qvl.core.batch import Batch, Sample
 from qvl.core.log import read_jsonl
 from qvl.model.config import ModelConfig, preset
+from qvl.model.lora import LoraConfig, add_adapter
 from qvl.model.pack import pack
 from qvl.model.qwen3vl import Qwen3VL, new_model
 from qvl.parallel.data_parallel import World
@@ -239,3 +240,88 @@ def test_cosine_and_wsd_start_at_the_warm_up_and_end_at_the_final_part() -> None
     assert cosine.at(100, 100) == pytest.approx(0.1)
     assert wsd.at(79, 100) == 1.0
     assert wsd.at(100, 100) == pytest.approx(0.1)
+
+@pytest.mark.parametrize(("before", "after"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_a_run_is_not_resumed_in_another_dtype(tmp_path: Path, before: torch.dtype, after: torch.dtype) -> None:
+    trained(tmp_path, new_model(small(), dtype=before), settings(3), stop_after=2)
+    with pytest.raises(ValueError, match="language_model.embed_tokens.weight as .*; resume with the same"):
+        trained(tmp_path, new_model(small(), dtype=after), settings(3))
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_run_is_not_resumed_with_an_adapter_of_another_rank(tmp_path: Path, rank: int) -> None:
+    def adapted(r: int) -> Qwen3VL:
+        model = new_model(small())
+        add_adapter(model, LoraConfig(r=r))
+        return model
+
+    trained(tmp_path, adapted(rank), settings(3), stop_after=2)
+    with pytest.raises(ValueError, match="lora_down as"):
+        trained(tmp_path, adapted(4), settings(3))
+
+
+@pytest.mark.parametrize(("before", "after"), [("adamw", "muon"), ("muon", "adamw")])
+def test_a_run_is_not_resumed_with_another_optimizer(tmp_path: Path, before: str, after: str) -> None:
+    trained(tmp_path, new_model(small()), settings(3, optimizer={"name": before}), stop_after=2)
+    with pytest.raises(ValueError, match="resume with the same optimizer"):
+        trained(tmp_path, new_model(small()), settings(3, optimizer={"name": after}))
+
+
+def test_a_run_with_dropout_resumes_to_the_bit_too(tmp_path: Path) -> None:
+    def adapted() -> Qwen3VL:
+        model = new_model(small())
+        add_adapter(model, LoraConfig(r=4, dropout=0.3))
+        return model
+
+    straight = trained(tmp_path / "straight", adapted(), settings(4))
+    trained(tmp_path / "halves", adapted(), settings(4), stop_after=2)
+    resumed = trained(tmp_path / "halves", adapted(), settings(4))
+    assert [r["grad_norm"] for r in resumed] == [r["grad_norm"] for r in straight]
+
+
+def test_a_pause_amid_refused_steps_changes_nothing(tmp_path: Path) -> None:
+    def steps(out: Path, stop_after: int | None = None) -> list[int]:
+        model, config = new_model(small()), settings(6, checkpoint_every=2)
+        stream = Drawn(model.config, poison=frozenset({2, 3, 4}))
+        return [r["step"] for r in trained(out, model, config, stream=stream, stop_after=stop_after)]
+
+    # Steps 3 and 4 are refused, so the pause leaves no checkpoint of its own: they are met, and refused, once more.
+    assert steps(tmp_path / "halves", stop_after=4) == [1, 2, 3, 4]
+    assert steps(tmp_path / "halves") == steps(tmp_path / "straight") == [1, 2, 3, 4, 5, 3, 4, 5, 6]
+
+
+def test_a_run_that_keeps_going_back_to_the_same_checkpoint_ends(tmp_path: Path) -> None:
+    model = new_model(small())
+    stream = Drawn(model.config, poison=frozenset(range(2, 30)))
+    with pytest.raises(ValueError, match="went back to the checkpoint of step 2 three times"):
+        trained(tmp_path, model, settings(6, checkpoint_every=2), stream=stream)
+
+
+def test_the_end_of_the_data_is_said_and_the_run_saved(tmp_path: Path) -> None:
+    class Short(Drawn):
+        def next_step(self) -> Sequence[Pack]:
+            return [] if self.step == 3 else super().next_step()
+
+    model = new_model(small())
+    with pytest.raises(ValueError, match="the data is over after 3 of 6 steps"):
+        trained(tmp_path, model, settings(6), stream=Short(model.config))
+    saved = newest(tmp_path)
+    assert saved is not None
+    assert saved.step == 3
+
+
+def test_a_new_checkpoint_stays_where_later_ones_are_broken(tmp_path: Path) -> None:
+    for broken in ("step-00000006", "step-00000008"):
+        (tmp_path / broken).mkdir()
+        (tmp_path / broken / "manifest.json").write_text("[]")
+    (tmp_path / ".step-00000001.partial").mkdir()
+    trained(tmp_path, new_model(small()), settings(2))
+    saved = newest(tmp_path)
+    assert saved is not None
+    assert saved.step == 2
+    assert not list(tmp_path.glob(".step-*"))
+
+
+def test_float16_is_not_trained() -> None:
+    with pytest.raises(ValueError, match="float16"):
+        Optimizer(new_model(small(), dtype=torch.float16), OptimizerConfig())

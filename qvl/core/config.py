@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import enum
 import functools
+import json
 import types
 import typing
 from collections.abc import Mapping
@@ -18,6 +19,26 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 C = TypeVar("C")
 REQUIRED: Any = object()
 """Passed as `missing`: a field without a default must be given."""
+
+
+def read_json(path: Path, what: str = "a JSON file") -> Any:
+    """What a JSON file holds. ValueError in one sentence when it is missing, unreadable or not JSON; `what` says what it should be."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing; {what} was expected.") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); {what} was expected.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from None
+
+
+def read_object(path: Path, what: str = "a JSON file") -> dict[str, Any]:
+    """The same for a file that must hold an object."""
+    found = read_json(path, what)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}, expected a JSON object.")
+    return found
 
 
 def from_dict(cls: type[C], data: Mapping[str, Any], *, where: str = "config", missing: Any = REQUIRED) -> C:

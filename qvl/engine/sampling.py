@@ -1,6 +1,5 @@
 """How the next token is drawn: one request's settings, where their defaults come from, and the draw itself."""
 
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,6 +7,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from qvl.core.config import read_object
 
 Preset = Literal["model", "report", "official"]
 
@@ -104,13 +105,7 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
     path = folder / "generation_config.json"
     if not path.is_file():
         return {}
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} holds a {type(raw).__name__}, expected a JSON object.")
-    return raw
+    return read_object(path)
 
 
 def _number(raw: dict[str, Any], name: str, default: float) -> float:

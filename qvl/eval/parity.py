@@ -1,6 +1,7 @@
 """Is it the same network? Logits, gradients and bf16 error against transformers on one checkpoint folder."""
 
 import gc
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ def compare(folder: Path, *, with_gradients: bool = True, seed: int = 0) -> list
     rows = []
     for case in cases:
         a, b = ours[case], theirs[case]
-        errors = {n: _relative(a.gradients.get(n), g) for n, g in b.gradients.items()}
+        errors = {n: _relative(a.gradients.get(n), b.gradients.get(n)) for n in a.gradients | b.gradients}
         worst = max(errors, key=lambda n: errors[n], default=None)
         is_moe = config.text.moe is not None
         rows.append(
@@ -223,13 +224,15 @@ def shifted_loss(logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
     return F.cross_entropy(logits[:, :-1][is_target].float(), ids[:, 1:][is_target])
 
 
-def _relative(ours: Tensor | None, theirs: Tensor) -> float:
-    """max|g - g'| / max|g'|; a parameter with no gradient anywhere (no picture in the input) compares as zero."""
-    if ours is None:
-        return 0.0 if not bool(theirs.any()) else float("inf")
+def _relative(ours: Tensor | None, theirs: Tensor | None) -> float:
+    """max|g - g'| / max|g'|; a gradient that is not there (no picture in the input) counts as zero, one that is not finite as infinity."""
+    if ours is None or theirs is None:
+        present = theirs if ours is None else ours
+        return 0.0 if present is None or not bool(present.any()) else float("inf")
     top = float(theirs.abs().max())
     error = float((ours - theirs).abs().max())
-    return error / top if top else error
+    # max() over parameters would pass over a nan.
+    return float("inf") if not math.isfinite(error) else error / top if top else error
 
 
 def _rms(x: Tensor) -> float:

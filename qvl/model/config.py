@@ -1,9 +1,10 @@
 """What a checkpoint's config.json says, as frozen types; both published spellings in, either out, no silent defaults."""
 
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+
+from qvl.core.config import read_object
 
 RopeScheme = Literal["interleaved", "chunked", "absolute_time", "plain"]
 
@@ -167,13 +168,7 @@ MODEL_TYPES = ("qwen3_vl", "qwen3_vl_moe", "qwen3", "qwen3_moe")
 def read_config(folder: Path | str) -> ModelConfig:
     """The config of a checkpoint folder. Raises ValueError in one sentence for anything it cannot vouch for."""
     path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; a checkpoint folder needs a config.json.")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from None
-    return config_from_hf(raw, where=str(path))
+    return config_from_hf(read_object(path, "a checkpoint folder's config.json"), where=str(path))
 
 
 def config_from_hf(raw: Any, where: str = "config.json") -> ModelConfig:

@@ -1,6 +1,5 @@
 """SigLIP and SigLIP-2 vision checkpoints, read into our tower: the eyes that pretraining starts from (report 2)."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qvl.core.config import read_object
 from qvl.model.config import VisionConfig
 from qvl.model.vision import Vision
 from qvl.model.weights import Source
@@ -64,11 +64,8 @@ class Tower:
 def _vision_object(folder: Path) -> dict[str, Any]:
     """The vision part of config.json, refused where Qwen3-VL's tower would compute something else."""
     path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} could not be read as JSON: {error}.") from None
-    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    raw = read_object(path, "a SigLIP folder's config.json")
+    kind = raw.get("model_type")
     if kind not in ("siglip", "siglip2", "siglip_vision_model", "siglip2_vision_model"):
         raise ValueError(
             f"{path} says model_type {kind!r}; the tower starts from siglip, siglip2 or their vision models."

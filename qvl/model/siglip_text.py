@@ -1,6 +1,5 @@
 """SigLIP-2's text tower: one vector a caption, which the vision pre-stage pulls pictures towards."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qvl.core.config import read_object
 from qvl.model.attention import Packed
 from qvl.model.weights import Source
 
@@ -192,11 +192,8 @@ def load_text_tower(folder: Path | str, *, dtype: torch.dtype = torch.float32) -
 def _num_heads(folder: Path) -> int:
     """The one size that no tensor tells; the text part of config.json is refused where this tower would compute something else."""
     path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} could not be read as JSON: {error}.") from None
-    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    raw = read_object(path, "a SigLIP folder's config.json")
+    kind = raw.get("model_type")
     if kind not in ("siglip", "siglip2", "siglip_text_model", "siglip2_text_model"):
         raise ValueError(
             f"{path} says model_type {kind!r}; the text tower comes from siglip, siglip2 or their text models."

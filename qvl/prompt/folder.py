@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qvl.core.config import read_json
 from qvl.prompt.budget import ImageBudget
 from qvl.prompt.sampling import PIXELS_PER_VIDEO_TOKEN, VideoSampling
 from qvl.prompt.template import Style, jinja_template
-from qvl.prompt.tokenizer import Tokenizer, read_json
+from qvl.prompt.tokenizer import Tokenizer
 from qvl.prompt.visual import FRAMES, MERGE, PATCH
 
 IMAGE_FILE, VIDEO_FILE = "preprocessor_config.json", "video_preprocessor_config.json"

@@ -10,6 +10,8 @@ from typing import Any
 
 import tokenizers
 
+from qvl.core.config import read_json
+
 # Qwen2's split: contractions, words, single digits, punctuation, line breaks, spaces.
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -175,15 +177,6 @@ class TextStream:
         return self._decoder.decode(b"", final=True)
 
 
-def read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{file} is missing; a Hugging Face folder with a tokenizer was expected.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not JSON: {error}.") from error
-
-
 def _added_tokens(description: Mapping[str, Any]) -> list[ControlToken]:
     if (description.get("model") or {}).get("type") != "BPE":
         raise ValueError("tokenizer.json holds no byte-pair model; only byte-level BPE tokenizers are read.")
@@ -249,7 +242,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     """The content of tokenizer.json, or the same made from vocab.json and merges.txt with Qwen2's pipeline."""
     if (folder / "tokenizer.json").exists():
         return read_json(folder / "tokenizer.json")
-    vocab = read_json(folder / "vocab.json")
+    vocab = read_json(folder / "vocab.json", "a folder with a tokenizer")
     merges_file = folder / "merges.txt"
     if not merges_file.exists():
         raise ValueError(f"{folder} has neither tokenizer.json nor merges.txt; copy the tokenizer's files there.")

@@ -52,6 +52,7 @@ class Tune:
     optimizer: Literal["adamw", "muon"] = "adamw"
     weight_decay: float = 0.1
     warmup_steps: int = 50
+    """At most a tenth of the run."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     checkpoint_every: int = 200
     seed: int = 0
@@ -93,6 +94,7 @@ def tune(run: Tune, watchers: Sequence[Watcher] = (), *, stop_after: int | None 
         ),
         schedule=Schedule(kind=run.schedule, warmup_steps=min(run.warmup_steps, run.steps // 10)),
         checkpoint_every=run.checkpoint_every,
+        seed=run.seed,
     )
     objective = NextToken(model, power=run.power, denominator=run.denominator, see_always=world.size > 1)
     with loader:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,16 +37,17 @@ def save_run(
     folder: Path, step: int, model: nn.Module, optimizer: Optimizer, state: dict[str, Any], world: World, *, keep: int
 ) -> None:
     """Write `folder/step-N` and drop all but the newest `keep`. Every rank must call this; rank 0 writes."""
-    weights = {n: whole(p.detach()).cpu() for n, p in model.named_parameters()}
-    moments = {n: whole(t).cpu() for n, t in optimizer.state().items()}
+    weights = _on_rank_0(((n, p.detach()) for n, p in model.named_parameters()), world)
+    moments = _on_rank_0(optimizer.state().items(), world)
     if world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         final = folder / f"{PREFIX}{step:08d}"
         aside = folder / f".{final.name}.partial"
-        shutil.rmtree(aside, ignore_errors=True)
+        for left in folder.glob(f".{PREFIX}*.partial"):  # of killed saves
+            shutil.rmtree(left, ignore_errors=True)
         aside.mkdir()
-        save_file({n: w.contiguous() for n, w in weights.items()}, aside / "weights.safetensors")
-        save_file({n: m.contiguous() for n, m in moments.items()}, aside / "optimizer.safetensors")
+        save_file(weights, aside / "weights.safetensors")
+        save_file(moments, aside / "optimizer.safetensors")
         (aside / "state.json").write_text(json.dumps(state), encoding="utf-8")
         digests = {path.name: _digest(path) for path in sorted(aside.iterdir())}
         (aside / "manifest.json").write_text(json.dumps({"step": step, "sha256": digests}), encoding="utf-8")
@@ -54,9 +56,20 @@ def save_run(
         shutil.rmtree(final, ignore_errors=True)
         os.rename(aside, final)
         _sync(folder)
-        for old in sorted(folder.glob(f"{PREFIX}*"))[:-keep]:
+        # Later ones can only be broken, and must not push this one out.
+        for old in sorted(p for p in folder.glob(f"{PREFIX}*") if p.name <= final.name)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
     world.barrier()
+
+
+def _on_rank_0(tensors: Iterable[tuple[str, Tensor]], world: World) -> dict[str, Tensor]:
+    """Unsharded on the CPU; the other ranks take part in the gathering and keep nothing, so that a host holds one copy."""
+    kept = {}
+    for name, tensor in tensors:
+        full = whole(tensor)
+        if world.rank == 0:
+            kept[name] = full.cpu().contiguous()
+    return kept
 
 
 def newest(folder: Path) -> Saved | None:
@@ -82,7 +95,7 @@ def read_run(path: Path) -> Saved:
             optimizer=load_file(path / "optimizer.safetensors"),
             state=json.loads((path / "state.json").read_text(encoding="utf-8")),
         )
-    except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
+    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError, SafetensorError) as error:
         raise ValueError(f"{path} is not a whole checkpoint ({error}).") from None
 
 
@@ -96,7 +109,13 @@ def restore_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
             f"the checkpoint and the model differ in {len(odd)} parameters, the first {odd[0]}; resume the same recipe."
         )
     for name, parameter in own.items():
-        parameter.copy_(_like(weights[name], parameter))
+        saved, asked = weights[name], (parameter.dtype, parameter.shape)
+        if (saved.dtype, saved.shape) != asked:
+            raise ValueError(
+                f"the checkpoint holds {name} as {saved.dtype} {tuple(saved.shape)}, the model as {asked[0]} {tuple(asked[1])}; "
+                "resume with the same settings (dtype, LoRA rank), or start in another folder."
+            )
+        parameter.copy_(_like(saved, parameter))
 
 
 def _like(tensor: Tensor, target: Tensor) -> Tensor:

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
-from qvl.core.log import JsonlWriter, log
+from qvl.core.log import JsonlWriter, log, read_jsonl
 from qvl.parallel.data_parallel import World, shard, total_norm
 from qvl.train.checkpoint import newest, restore_optimizer, restore_weights, save_run
 from qvl.train.guard import SpikeGuard
@@ -30,6 +31,8 @@ class LoopConfig:
     keep: int = 2
     """Checkpoints that stay on disk."""
     spike_sigmas: float = 6.0
+    seed: int = 0
+    """Of dropout, which is drawn anew from seed, step and rank at each step, so that a resumed run draws the same."""
     peak_flops: float | None = None
     """Denominator of MFU a device, FLOP/s; None knows common GPUs and leaves it out elsewhere."""
 
@@ -86,9 +89,9 @@ def fit(
     optimizer = Optimizer(objective, config.optimizer)
     guard = SpikeGuard(sigmas=config.spike_sigmas)
     first = _resume(out, objective, optimizer, stream, guard)
-    rows = JsonlWriter(out / "log.jsonl") if world.rank == 0 else None
+    rows = _log(out, first) if world.rank == 0 else None
     last = min(config.steps, stop_after or config.steps)
-    tokens_seen = 0
+    went_back = 0
     peak = config.peak_flops or peak_flops(world.device)
     objective.train()
     step = first
@@ -97,11 +100,18 @@ def fit(
         micros = stream.next_step()
         loaded = time.perf_counter()
         denominator = world.sum(sum(objective.measure(m) for m in micros))
+        if not micros:  # on all ranks alike
+            _save(out, step, objective, optimizer, stream, guard, config, world)
+            raise ValueError(
+                f"the data is over after {step} of {config.steps} steps, and the run is saved in {out}; give it {step} steps, or let its "
+                "sources repeat (max_epochs)."
+            )
         if denominator <= 0:
             raise ValueError(
                 f"step {step} has no target in any pack; check the roles and masks of its samples: {_ids(micros)[:5]}."
             )
         outcomes = []
+        torch.manual_seed(hash((config.seed, step, world.rank)))
         for micro in micros:
             outcome = objective(micro, denominator, world)
             outcome.loss.backward()
@@ -123,7 +133,6 @@ def fit(
         step += 1
         seconds = time.perf_counter() - began
         tokens = world.sum(float(sum(m.batch.num_tokens for m in micros)))
-        tokens_seen += int(tokens)
         values |= {
             "grad_norm": norm,
             "lr": config.optimizer.lr * factor,
@@ -138,19 +147,40 @@ def fit(
         if rows is not None:
             rows.write({"step": step, **values, **({"skipped": skipped} if skipped else {})})
         if guard.in_a_row >= 3:
+            if went_back == 3:
+                raise ValueError(
+                    f"the run went back to the checkpoint of step {step_saved} three times and steps are still refused ({skipped}); look at "
+                    "the samples in skipped.jsonl, lower the rate, or raise spike_sigmas."
+                )
             log.warning("three steps in a row were refused; going back to the newest checkpoint")
-            step = _roll_back(out, objective, optimizer, stream, guard, step)
+            step = step_saved = _roll_back(out, objective, optimizer, stream, guard, step)
+            went_back += 1
             continue
-        is_due = config.checkpoint_every > 0 and step % config.checkpoint_every == 0
+        is_due = step == last or (config.checkpoint_every > 0 and step % config.checkpoint_every == 0)
         # Not in the middle of trouble: a roll-back must find weights from before it.
-        if step == last or (is_due and guard.in_a_row == 0):
-            state = {"stream": stream.state(), "guard": guard.state()}
-            save_run(out, step, objective, optimizer, state, world, keep=config.keep)
+        if step == config.steps or (is_due and guard.in_a_row == 0):
+            _save(out, step, objective, optimizer, stream, guard, config, world)
+            went_back = 0
         for watcher in watchers:
             watcher(StepReport(step, config.steps, values, skipped))
     if rows is not None:
         rows.close()
     objective.eval()
+
+
+def _save(
+    out: Path,
+    step: int,
+    objective: Objective,
+    optimizer: Optimizer,
+    stream: Stream,
+    guard: SpikeGuard,
+    config: LoopConfig,
+    world: World,
+) -> None:
+    assert isinstance(objective, nn.Module)
+    state = {"stream": stream.state(), "guard": guard.state()}
+    save_run(out, step, objective, optimizer, state, world, keep=config.keep)
 
 
 def _resume(out: Path, objective: Objective, optimizer: Optimizer, stream: Stream, guard: SpikeGuard) -> int:
@@ -182,6 +212,21 @@ def _roll_back(
     guard.restore(saved.state["guard"])
     guard.in_a_row = 0
     return saved.step
+
+
+def _log(out: Path, first: int) -> JsonlWriter:
+    """log.jsonl without the lines of steps that a killed run took after its last checkpoint; they are taken again."""
+    path = out / "log.jsonl"
+    JsonlWriter(path).close()  # cuts off half a line, should the kill have left one
+    kept = [row for row in read_jsonl(path) if row["step"] <= first]
+    aside = path.with_suffix(".partial")
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    aside.unlink(missing_ok=True)
+    with JsonlWriter(aside) as rows:
+        for row in kept:
+            rows.write(row)
+    aside.replace(path)
+    return JsonlWriter(path)
 
 
 def _ids(micros: Sequence[Micro]) -> list[str]:

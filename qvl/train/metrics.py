@@ -33,13 +33,13 @@ def averages(outcomes: Sequence[Outcome], world: World) -> dict[str, float]:
     return {name: total / count for name, (total, count) in sorted(sums.items()) if count}
 
 
-def step_flops(micros: Sequence[Micro], config: ModelConfig, trained_parts: float = 3.0) -> float:
-    """FLOPs of this rank's step: vision tower, decoder and head, forward and backward (the backward counted as two forwards)."""
+def step_flops(micros: Sequence[Micro], config: ModelConfig) -> int:
+    """FLOPs of this rank's step: vision tower, decoder and head, forward and backward, as if no part were frozen."""
     total = 0
     for micro in micros:
         targets = None if micro.batch.is_target_T is None else int(micro.batch.is_target_T.sum())
-        total += forward_flops(config, micro.batch.lengths, micro.batch.frame_lengths, num_logits=targets).forward
-    return trained_parts * total
+        total += forward_flops(config, micro.batch.lengths, micro.batch.frame_lengths, num_logits=targets).training
+    return total
 
 
 def peak_flops(device: torch.device) -> float | None:

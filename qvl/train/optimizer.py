@@ -37,6 +37,10 @@ class Optimizer:
     def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
         self.config = config
         self.parameters: dict[str, nn.Parameter] = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if half := next((n for n, p in self.parameters.items() if p.dtype == torch.float16), None):
+            raise ValueError(
+                f"{half} is float16, whose gradients underflow to zero without loss scaling; train in bfloat16 or float32."
+            )
         self.masters: dict[str, Tensor] = {
             name: p if p.dtype == torch.float32 else p.detach().float() for name, p in self.parameters.items()
         }
@@ -127,8 +131,19 @@ class Optimizer:
             )
         for optimizer, name, master in self._slots():
             found = dict(by_name.get(name, {}))
+            if (master is not self.parameters[name]) != ("master" in found):
+                raise ValueError(
+                    f"the checkpoint and this run differ in the fp32 master of {name}: one of them freezes it, or holds another dtype; "
+                    "resume the same recipe."
+                )
             if "master" in found:
                 master.copy_(found.pop("master"))
+            kinds = {"momentum_buffer"} if isinstance(optimizer, torch.optim.Muon) else {"step", "exp_avg", "exp_avg_sq"}
+            if found and set(found) != kinds:
+                raise ValueError(
+                    f"the checkpoint holds {', '.join(sorted(found))} for {name}, this run's optimizer wants {', '.join(sorted(kinds))}; "
+                    "resume with the same optimizer."
+                )
             if found:
                 optimizer.state[master] = {kind: value.clone() for kind, value in found.items()}
         self.write_back()

@@ -32,7 +32,7 @@ SKILLS = {"text.name": "told colour and shape", "text.count": "told number of ob
 
 
 def tell(story: Story, model: Qwen3VL, processor: Processor, texts: Sequence[str]) -> None:
-    """Train on four fifths prose and told worlds; judge on held-out prose and held-out scenes."""
+    """Train on prose and told worlds; judge on held-out prose (a twentieth of the texts) and held-out scenes."""
     held_out = [text for i, text in enumerate(texts) if i % 20 == 0]
     train = [text for i, text in enumerate(texts) if i % 20]
     token_T = torch.tensor(processor.tokenizer.encode_text("\n\n".join(train)))
