@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from qvl.core.batch import Batch
+from qvl.eval import parity
 from qvl.model.moe import RouterStats, load_balancing_loss
 from qvl.model.padded import batch_from_padded, to_padded
 from qvl.model.qwen3vl import Qwen3VL
@@ -161,3 +162,21 @@ def test_bf16_errs_at_most_a_fifth_more_than_transformers_bf16(name: str, case: 
         theirs = real(hf(**golden.inputs, use_cache=False).logits, golden.inputs)
         mine = real(padded_logits(ours(name, dtype=torch.bfloat16), golden.inputs), golden.inputs)
     assert rms(mine - exact) <= 1.2 * rms(theirs - exact)
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), 1.0])
+def test_a_gradient_that_is_not_finite_or_that_one_network_alone_has_fails(
+    monkeypatch: pytest.MonkeyPatch, odd: float
+) -> None:
+    """Second of three, where max() would pass over a nan."""
+    same, one = torch.ones(2), {"a": torch.ones(2), "c": torch.ones(2)}
+
+    def outcomes(network: object, _folder: object, _config: object, cases: dict[str, object], **_: object):
+        gradients = one if network is parity._theirs else {"a": one["a"], "b": torch.tensor([odd, 0.0]), "c": one["c"]}
+        if network is parity._theirs and odd != 1.0:
+            gradients = one | {"b": torch.ones(2)}
+        return {case: parity._Outcome(same, gradients, same + 1) for case in cases}
+
+    monkeypatch.setattr(parity, "_outcomes", outcomes)
+    rows = parity.compare(folder(DENSE[0], "v5"))
+    assert {(row.worst_parameter, row.gradient_error, row.passed) for row in rows} == {("b", float("inf"), False)}

@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from media_files import encoded, gradient
 from qvl.commands import cli
 from qvl.core.log import read_jsonl
 from qvl.model.weights import load
+from qvl.train.checkpoint import newest
 from tiny_checkpoint import tiny_checkpoint
 
 README = Path(__file__).parents[1] / "README.md"
@@ -75,3 +78,21 @@ def test_lora_leaves_the_base_alone_and_writes_an_adapter_peft_can_read(here: Pa
         n for (n, a), b in zip(before.named_parameters(), after.parameters(), strict=True) if not torch.equal(a, b)
     }
     assert changed and all("language_model.layers" in name and name.endswith("_proj.weight") for name in changed)
+
+
+@pytest.mark.parametrize("extra", [(), ("--lora-rank", "4")])
+def test_two_ranks_export_what_they_trained(here: Path, extra: tuple[str, ...]) -> None:
+    data_import, data_index, train, _ = readme_commands()
+    assert cli.main(data_import) == 0
+    assert cli.main(data_index) == 0
+    short = SMALL.replace("--steps 6", "--steps 2").replace("--packs-per-step 1", "--packs-per-step 2").split()
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    qvl = str(Path(sys.executable).with_name("qvl"))
+    done = subprocess.run([*ranks, qvl, *train, *short, *extra], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    saved, ours = newest(here / "run"), load(here / "run" / "export")
+    assert saved is not None
+    assert (here / "run" / "adapter").exists() == bool(extra)
+    for name, parameter in ours.named_parameters():
+        if not extra:
+            assert torch.equal(parameter, saved.weights[f"model.{name}"].bfloat16().float()), name

@@ -16,6 +16,7 @@ from qvl.model.weights import load, save
 from qvl.outside.hub import resolve
 from qvl.parallel.data_parallel import World, join_world
 from qvl.prompt.processor import Processor
+from qvl.train.checkpoint import newest, restore_weights
 from qvl.train.loop import LoopConfig, Watcher, fit
 from qvl.train.loss import Denominator
 from qvl.train.objective import NextToken
@@ -105,15 +106,21 @@ def tune(run: Tune, watchers: Sequence[Watcher] = (), *, stop_after: int | None 
 
 
 def export(run: Tune, objective: NextToken, folder: Path, world: World) -> Path:
-    """The trained network as a complete Hugging Face folder."""
-    if world.size > 1:
-        raise ValueError(
-            f"the run on {world.size} ranks is saved in {run.out}; export it with the same command on one rank."
-        )
+    """The trained network as a complete Hugging Face folder, written by rank 0."""
     out = run.out / "export"
+    if world.rank > 0:
+        return out
+    model = objective.model
+    if world.size > 1:  # sharded here, whole in the checkpoint
+        model = load(folder, dtype=model.head_weight.dtype)
+        if run.lora is not None:
+            add_adapter(model, run.lora)
+        saved = newest(run.out)
+        assert saved is not None
+        restore_weights(NextToken(model), saved.weights)
     if run.lora is not None:
-        save_adapter(objective.model, run.out / "adapter", base=run.model)
-        merge(objective.model, keep_base=False)
-    save(objective.model.to(torch.bfloat16), out, companions=folder)
+        save_adapter(model, run.out / "adapter", base=run.model)
+        merge(model, keep_base=False)
+    save(model.to(torch.bfloat16), out, companions=folder)
     log.info("wrote %s", out)
     return out

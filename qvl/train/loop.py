@@ -91,7 +91,7 @@ def fit(
     first = _resume(out, objective, optimizer, stream, guard)
     rows = _log(out, first) if world.rank == 0 else None
     last = min(config.steps, stop_after or config.steps)
-    went_back = 0
+    went_back, went_to = 0, first
     peak = config.peak_flops or peak_flops(world.device)
     objective.train()
     step = first
@@ -101,7 +101,7 @@ def fit(
         loaded = time.perf_counter()
         denominator = world.sum(sum(objective.measure(m) for m in micros))
         if not micros:  # on all ranks alike
-            _save(out, step, objective, optimizer, stream, guard, config, world)
+            save_run(out, step, objective, optimizer, _state(stream, guard), world, keep=config.keep)
             raise ValueError(
                 f"the data is over after {step} of {config.steps} steps, and the run is saved in {out}; give it {step} steps, or let its "
                 "sources repeat (max_epochs)."
@@ -149,17 +149,17 @@ def fit(
         if guard.in_a_row >= 3:
             if went_back == 3:
                 raise ValueError(
-                    f"the run went back to the checkpoint of step {step_saved} three times and steps are still refused ({skipped}); look at "
+                    f"the run went back to the checkpoint of step {went_to} three times and steps are still refused ({skipped}); look at "
                     "the samples in skipped.jsonl, lower the rate, or raise spike_sigmas."
                 )
             log.warning("three steps in a row were refused; going back to the newest checkpoint")
-            step = step_saved = _roll_back(out, objective, optimizer, stream, guard, step)
+            step = went_to = _roll_back(out, objective, optimizer, stream, guard, step)
             went_back += 1
             continue
         is_due = step == last or (config.checkpoint_every > 0 and step % config.checkpoint_every == 0)
         # Not in the middle of trouble: a roll-back must find weights from before it.
         if step == config.steps or (is_due and guard.in_a_row == 0):
-            _save(out, step, objective, optimizer, stream, guard, config, world)
+            save_run(out, step, objective, optimizer, _state(stream, guard), world, keep=config.keep)
             went_back = 0
         for watcher in watchers:
             watcher(StepReport(step, config.steps, values, skipped))
@@ -168,19 +168,8 @@ def fit(
     objective.eval()
 
 
-def _save(
-    out: Path,
-    step: int,
-    objective: Objective,
-    optimizer: Optimizer,
-    stream: Stream,
-    guard: SpikeGuard,
-    config: LoopConfig,
-    world: World,
-) -> None:
-    assert isinstance(objective, nn.Module)
-    state = {"stream": stream.state(), "guard": guard.state()}
-    save_run(out, step, objective, optimizer, state, world, keep=config.keep)
+def _state(stream: Stream, guard: SpikeGuard) -> dict[str, Any]:
+    return {"stream": stream.state(), "guard": guard.state()}
 
 
 def _resume(out: Path, objective: Objective, optimizer: Optimizer, stream: Stream, guard: SpikeGuard) -> int:

@@ -138,7 +138,9 @@ class Optimizer:
                 )
             if "master" in found:
                 master.copy_(found.pop("master"))
-            kinds = {"momentum_buffer"} if isinstance(optimizer, torch.optim.Muon) else {"step", "exp_avg", "exp_avg_sq"}
+            kinds = (
+                {"momentum_buffer"} if isinstance(optimizer, torch.optim.Muon) else {"step", "exp_avg", "exp_avg_sq"}
+            )
             if found and set(found) != kinds:
                 raise ValueError(
                     f"the checkpoint holds {', '.join(sorted(found))} for {name}, this run's optimizer wants {', '.join(sorted(kinds))}; "
