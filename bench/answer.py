@@ -84,9 +84,9 @@ def video_row(rounds: int, rate: float) -> Row:
 def decode_row(
     ours: Qwen3VL, theirs: transformers.PreTrainedModel, batch: int, rounds: int, rate: float, size: str
 ) -> Row:
-    """Greedy, prompt of 128 tokens each, seconds a step; prefill is in both, one step in 33."""
-    inputs = text_inputs(128, torch.device("cpu"))
-    samples = [Sample(token_T=inputs["input_ids"][0])] * batch
+    """Greedy, prompt of 128 tokens each, seconds for all 32 steps and the prefill before them."""
+    inputs = text_inputs(128, ours.device)
+    samples = [Sample(token_T=inputs["input_ids"][0].cpu())] * batch
     ids = inputs["input_ids"].repeat(batch, 1)
     greedy = Sampling(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
     options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "pad_token_id": 0}

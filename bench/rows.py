@@ -39,7 +39,7 @@ class Row:
 
 
 def matmul_rate(dtype: torch.dtype, device: str = "cpu") -> float:
-    """FLOP/s of a plain square matmul, best of five."""
+    """FLOP/s of a plain square matmul, best of six."""
     size = 2048 if device == "cpu" else 8192
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     best = min(seconds(lambda: torch.mm(a, b), device) for _ in range(6))
@@ -77,15 +77,15 @@ def in_turn(
     )
 
 
-def append(rows: list[Row]) -> None:
-    """Add rows with date, commit, machine and versions."""
+def append(rows: list[Row], device: str = "cpu") -> None:
+    """Add rows with date, commit (marked when the tree differs from it), machine and versions."""
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True, check=False
     ).stdout.strip()
     stamp = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": commit,
-        "machine": facts().cpu_name if not torch.cuda.is_available() else torch.cuda.get_device_name(),
+        "machine": torch.cuda.get_device_name() if device == "cuda" else facts().cpu_name,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

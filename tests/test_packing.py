@@ -203,7 +203,7 @@ def test_targets_must_be_given_for_all_samples_or_none() -> None:
 def test_patches_that_do_not_fit_the_grids_are_refused() -> None:
     sample = random_sample(9)
     assert sample.patch_PX is not None
-    with pytest.raises(ValueError, match="patches came, but the grids say"):
+    with pytest.raises(ValueError, match=r"brings .* patches, but its grids say"):
         pack([replace(sample, patch_PX=sample.patch_PX[1:])], double("dense_tied").config)
 
 

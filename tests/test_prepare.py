@@ -11,6 +11,7 @@ from qvl.engine.prepare import drop, prepare, refresh
 from qvl.engine.sampling import Sampling
 from qvl.model.config import preset
 from qvl.model.layers import Linear
+from qvl.model.lora import LoraConfig, add_adapter
 from qvl.model.pack import pack
 from qvl.model.qwen3vl import Qwen3VL, new_model
 from qvl.model.weights import save
@@ -53,14 +54,26 @@ def test_training_does_not_see_the_packed_weights_and_refresh_takes_up_new_ones(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)
-        stale = model.logits(model(batch))
+        with pytest.raises(RuntimeError, match="refresh"):
+            model(batch)
         refresh(model)
         fresh = model.logits(model(batch))
         drop(model)
         plain = model.logits(model(batch))
     assert torch.equal(fresh, plain)
-    assert not torch.equal(stale, fresh)
     assert all(m.packed is None for m in model.modules() if isinstance(m, Linear))
+
+
+@can_pack
+def test_a_model_whose_plain_weights_were_freed_refuses_to_train_or_to_be_packed_anew() -> None:
+    model = new_model(preset("nano"), dtype=torch.bfloat16)
+    batch = pack([picture_prompt(model)], model.config)
+    prepare(model, free=True)
+    with pytest.raises(RuntimeError, match="load the folder again"):
+        model(batch)
+    for change in (refresh, drop, prepare, lambda m: add_adapter(m, LoraConfig(r=2))):
+        with pytest.raises(ValueError, match="load its folder again"):
+            change(model)
 
 
 def test_an_fp32_model_is_left_as_it_is() -> None:

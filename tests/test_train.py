@@ -264,8 +264,13 @@ def test_a_run_is_not_resumed_with_an_adapter_of_another_rank(tmp_path: Path, ra
 @pytest.mark.parametrize(("before", "after"), [("adamw", "muon"), ("muon", "adamw")])
 def test_a_run_is_not_resumed_with_another_optimizer(tmp_path: Path, before: str, after: str) -> None:
     trained(tmp_path, new_model(small()), settings(3, optimizer={"name": before}), stop_after=2)
-    with pytest.raises(ValueError, match="resume with the same optimizer"):
+    with pytest.raises(ValueError, match=f"name.*{before}.*name.*{after}"):
         trained(tmp_path, new_model(small()), settings(3, optimizer={"name": after}))
+    saved = newest(tmp_path)
+    assert saved is not None
+    other = Optimizer(NextToken(new_model(small())), OptimizerConfig(name="muon" if after == "muon" else "adamw"))
+    with pytest.raises(ValueError, match="resume with the same optimizer"):
+        other.restore(saved.optimizer)
 
 
 def test_a_run_with_dropout_resumes_to_the_bit_too(tmp_path: Path) -> None:
@@ -326,3 +331,43 @@ def test_a_new_checkpoint_stays_where_later_ones_are_broken(tmp_path: Path) -> N
 def test_float16_is_not_trained() -> None:
     with pytest.raises(ValueError, match="float16"):
         Optimizer(new_model(small(), dtype=torch.float16), OptimizerConfig())
+
+
+def test_a_run_asked_to_stop_finishes_its_step_saves_and_goes_on_to_the_bit(tmp_path: Path) -> None:
+    config = settings(6)
+    straight = new_model(small())
+    rows = trained(tmp_path / "straight", straight, config)
+    asked = iter([False, False, True])
+    reached = fit(
+        NextToken(new_model(small())),
+        Drawn(small()),
+        config,
+        tmp_path / "stopped",
+        ALONE,
+        should_stop=lambda: next(asked),
+    )
+    assert reached == 3
+    again = new_model(small(), seed=99)
+    assert [r["loss"] for r in trained(tmp_path / "stopped", again, config)] == [r["loss"] for r in rows]
+    for (name, a), (_, b) in zip(straight.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"optimizer": {"lr": 2e-3}}, "optimizer was"),
+        ({"clip_norm": 0.5}, "clip_norm was 1.0 and is now 0.5"),
+    ],
+)
+def test_a_resume_under_other_settings_is_refused_by_name(tmp_path: Path, changed: dict[str, Any], named: str) -> None:
+    trained(tmp_path, new_model(small()), settings(4), stop_after=2)
+    with pytest.raises(ValueError, match=named):
+        trained(tmp_path, new_model(small()), settings(4, **changed))
+
+
+def test_a_run_may_be_made_longer_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trained(tmp_path, new_model(small()), settings(2))
+    rows = trained(tmp_path, new_model(small()), settings(4))
+    assert [r["step"] for r in rows] == [1, 2, 3, 4]
+    assert "steps was 2 and is now 4" in caplog.text

@@ -3,8 +3,10 @@
 import json
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -96,3 +98,22 @@ def test_two_ranks_export_what_they_trained(here: Path, extra: tuple[str, ...]) 
     for name, parameter in ours.named_parameters():
         if not extra:
             assert torch.equal(parameter, saved.weights[f"model.{name}"].bfloat16().float()), name
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data_import, data_index, train, _ = readme_commands()
+    assert cli.main(data_import) == 0
+    assert cli.main(data_index) == 0
+    command = [sys.executable, "-m", "qvl", *train, *SMALL.replace("--steps 6", "--steps 400").split()]
+    process = subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log = here / "run" / "log.jsonl"
+    while process.poll() is None and not (log.exists() and log.stat().st_size):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, out
+    assert "the same command goes on from there" in out
+    steps = len(read_jsonl(log))
+    assert list((here / "run").glob(f"step-{steps:08d}"))
+    assert cli.main([*train, *SMALL.replace("--steps 6", f"--steps {steps + 2}").split()]) == 0
+    assert [row["step"] for row in read_jsonl(log)] == list(range(1, steps + 3))

@@ -62,6 +62,8 @@ def run(args: DataImport) -> int:
             decoder=decoder,
             progress=lambda done: bar.update(task, completed=done),
         )
+    if not report.written and not report.rejected:
+        raise ValueError(f"{args.source} holds no rows; nothing was imported.")
     print(f"wrote {report.written:,} records in {len(report.shards)} shards to {args.out}")
     if report.rejected:
         print(f"left out {report.rejected:,} rows; their reasons are in {report.rejects}")

@@ -1,36 +1,59 @@
 """qvl train: go on training a checkpoint on your own data, in full or by LoRA; a stopped run goes on where it was."""
 
-from dataclasses import dataclass, replace
+import signal
+from dataclasses import dataclass
+from types import FrameType
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from qvl.model.lora import LoraConfig
 from qvl.recipes.tune import Tune, tune
 from qvl.train.loop import StepReport
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train(Tune):
-    """Continual pretraining or supervised fine-tuning, as the records' kinds say; under torchrun on many devices."""
+    """Continual pretraining or supervised fine-tuning, as the records' kinds say. Writes checkpoints and log.jsonl to --out, and at the end
+    --out/export, a complete Hugging Face folder.
 
-    lora_rank: int = 0
-    """Above 0: train LoRA factors of this rank on the decoder's linear layers instead of the weights."""
+    Ctrl-C (or SIGTERM) finishes the step, saves, and leaves; the same command goes on from there. A second Ctrl-C leaves at once.
+    On many devices: torchrun --no-python --nproc-per-node=8 qvl train ...
+    """
 
 
-def run(args: Train) -> None:
-    lora = args.lora or (LoraConfig(r=args.lora_rank, alpha=2.0 * args.lora_rank) if args.lora_rank else None)
-    with Progress(
-        TextColumn("{task.description}"),
+class Stopper:
+    """Remembers the first SIGINT or SIGTERM, and lets the second one through."""
+
+    def __init__(self) -> None:
+        self.is_asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.is_asked = True
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        Console(stderr=True).print("stopping after this step; once more to stop at once, without saving")
+
+
+def run(args: Train) -> int:
+    stopper = Stopper()
+    columns = (
+        TextColumn("training"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[now]}"),
-    ) as progress:
-        task = progress.add_task("training", total=args.steps, now="")
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("training", total=args.steps, now="", visible=False)
 
         def show(report: StepReport) -> None:
             now = f"loss {report.values['loss']:.3f}  {report.values['tokens_per_second']:,.0f} tokens/s"
-            progress.update(task, completed=report.step, now=report.skipped or now)
+            progress.update(task, completed=report.step, now=report.skipped or now, visible=True)
 
-        folder = tune(replace(args, lora=lora), [show])
-    print(f"wrote {folder}")
+        folder = tune(args, [show], should_stop=lambda: stopper.is_asked)
+    if folder is None:
+        print(f"stopped and saved in {args.out}; the same command goes on from there")
+        return 130
+    print(f"wrote {folder}" + (f" and {args.out / 'adapter'}" if args.lora_rank else ""))
+    return 0

@@ -90,6 +90,11 @@ class Loader:
 
     # ---- steps
 
+    @property
+    def num_tokens(self) -> int:
+        """Of one pass over all sources."""
+        return sum(int(source.lengths.token_S.sum()) for source in self.sources)
+
     def next_step(self) -> list[MicroBatch]:
         """This rank's packs of the next optimizer step; empty when the data is over. ValueError when too many records fail."""
         self._plan_ahead()

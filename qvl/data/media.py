@@ -61,7 +61,9 @@ class MediaBag:
                 f"the medium {text} lies outside the media folder {self.root}; move it there or give another folder."
             )
         if not path.is_file():
-            raise ValueError(f"the medium {text} is not in {self.root}.")
+            raise ValueError(
+                f"the medium {text} is not in {self.root.resolve()}; check the path, or give --media-root."
+            )
         if path.stat().st_size > limit:
             raise ValueError(f"the medium {text} has {path.stat().st_size:,} bytes; at most {limit:,} are allowed.")
         return path.read_bytes(), _suffix(text)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from qvl.model.config import ModelConfig, read_config
 from qvl.model.moe import RouterStats, load_balancing_loss
 from qvl.model.padded import batch_from_padded, to_padded
-from qvl.model.weights import load, to_checkpoint_name
+from qvl.model.weights import Source, load, to_checkpoint_name
 
 LOGIT_LIMIT = 1e-4
 GRADIENT_LIMIT = 1e-4
@@ -46,6 +46,7 @@ class ParityRow:
 def compare(folder: Path, *, with_gradients: bool = True, seed: int = 0) -> list[ParityRow]:
     """Run both networks on the same random inputs. transformers runs first and is freed, so the peak is one model and its gradients."""
     config = read_config(folder)
+    Source(folder)  # refuses what is no checkpoint, in one sentence, before the long way round
     cases = random_cases(config, seed=seed)
     theirs = _outcomes(_theirs, folder, config, cases, with_gradients=with_gradients)
     gc.collect()
@@ -165,6 +166,8 @@ def _theirs(folder: Path, config: ModelConfig, dtype: torch.dtype) -> _Network:
         import transformers
     except ImportError:
         raise ValueError("parity needs transformers to compare with; pip install 'qvl[test]'.") from None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     auto = transformers.AutoModelForCausalLM if config.vision is None else transformers.AutoModelForImageTextToText
     # Loaded in the asked dtype rather than cast: `.to(bfloat16)` would round transformers' rotary frequencies.
     model = auto.from_pretrained(str(folder), dtype=dtype).eval()

@@ -33,7 +33,9 @@ class Packed:
     """One of KERNELS; None picks by device, dtype and whether gradients flow."""
 
     def attend(self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, *, layer: int) -> Tensor:
-        name = self.kernel or pick_kernel(q_TNH.device.type, q_TNH.dtype, needs_grad=q_TNH.requires_grad)
+        name = self.kernel or pick_kernel(
+            q_TNH.device.type, q_TNH.dtype, needs_grad=any(x.requires_grad for x in (q_TNH, k_TKH, v_TKH))
+        )
         return KERNELS[name](q_TNH, k_TKH, v_TKH, self)
 
 

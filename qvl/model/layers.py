@@ -1,5 +1,7 @@
 """The small parts that repeat: the linear map that may be packed for a CPU, RMSNorm, the gated MLP."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,18 +13,32 @@ class Linear(nn.Linear):
     The packed product equals the plain one to the bit (tests/test_prepare.py); it saves reordering the weight at every call.
     """
 
-    packed: Tensor | None = None
+    packed: "PackedWeight | None" = None
 
     def forward(self, input: Tensor) -> Tensor:
         """Any axes in front; the last is the width."""
         return linear(input, self.weight, self.bias, self.packed)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None) -> Tensor:
+@dataclass(frozen=True)
+class PackedWeight:
+    value: Tensor
+    """In oneDNN's own layout."""
+    version: int
+    """The plain weight's count of changes when it was packed."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: PackedWeight | None) -> Tensor:
     """x @ weight.T + bias. A packed weight has no gradient, so it is used only where none is wanted."""
     if packed is None or torch.is_grad_enabled():
+        if weight.is_meta:  # torch would answer with whatever lies in memory
+            raise RuntimeError(
+                "the plain weights were freed for serving (engine.prepare); load the folder again to train or change them."
+            )
         return F.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    if packed.version != weight._version:
+        raise RuntimeError("the weights changed after they were packed; call engine.prepare.refresh, or drop to train.")
+    return torch.ops.mkldnn._linear_pointwise(x, packed.value, bias, "none", [], "")
 
 
 class RMSNorm(nn.Module):

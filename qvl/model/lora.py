@@ -395,6 +395,8 @@ def _attached(model: Qwen3VL) -> dict[str, LoraLinear]:
 def _refuse_second(model: Qwen3VL) -> None:
     if any(isinstance(module, LoraLinear) for module in model.modules()):
         raise ValueError("the model has an adapter already; call unload, or merge with keep_base=False, first.")
+    if any(p.is_meta for p in model.parameters()):
+        raise ValueError("the model's plain weights were freed for serving; load its folder again.")
 
 
 def _attach(model: Qwen3VL, layers: dict[str, LoraLinear]) -> None:

@@ -69,7 +69,7 @@ def by_loop(x_TD: Tensor, expert_TA: Tensor, weight_TA: Tensor, experts: Experts
 
 
 def by_grouped_mm(x_TD: Tensor, expert_TA: Tensor, weight_TA: Tensor, experts: Experts) -> Tensor:
-    """Tokens sorted by expert, then two grouped matmuls: no loop and no wait for the device."""
+    """Tokens sorted by expert, then two grouped matmuls instead of a loop."""
     num_chosen = expert_TA.shape[1]
     order = expert_TA.flatten().argsort(stable=True)
     token = order // num_chosen

@@ -23,10 +23,15 @@ def pack(samples: Sequence[Sample], config: ModelConfig) -> Batch:
         raise ValueError("some samples hold patches as bytes and some as floats; give all of them in one form.")
     grid_I3 = torch.cat(grids) if grids else None
     patch_PX = torch.cat(patches) if patches else None
-    num_patches = 0 if patch_PX is None else patch_PX.shape[0]
-    expected = 0 if grid_I3 is None else int(grid_I3.prod(1).sum())
-    if num_patches != expected:
-        raise ValueError(f"{num_patches} patches came, but the grids say {expected}.")
+    for number, sample in enumerate(samples):
+        found = 0 if sample.patch_PX is None else sample.patch_PX.shape[0]
+        expected = 0 if sample.grid_I3 is None else int(sample.grid_I3.prod(1).sum())
+        if found != expected:
+            raise ValueError(f"sample {number} brings {found} patches, but its grids say {expected}.")
+        if sample.second_I is None and seconds and sample.grid_I3 is not None:
+            raise ValueError(
+                f"sample {number} does not say the seconds between its slices (second_I), others do; give all of them."
+            )
     position_3T = positions(token_T, lengths, grid_I3, config, second_I=torch.cat(seconds) if seconds else None)
     targets = [s.is_target_T for s in samples if s.is_target_T is not None]
     if targets and len(targets) != len(samples):

@@ -7,7 +7,7 @@ from qvl.core.batch import Batch
 from qvl.model.attention import Layout, Packed
 from qvl.model.config import ModelConfig
 from qvl.model.decoder import Decoder, DeepStack, embed
-from qvl.model.layers import Linear, linear
+from qvl.model.layers import Linear, PackedWeight, linear
 from qvl.model.moe import Experts, RouterStats
 from qvl.model.vision import Vision, VisualFeatures, sincos_table
 
@@ -18,7 +18,7 @@ class Qwen3VL(nn.Module):
     Module names are the checkpoint's, less the leading `model.` (weights.py maps them).
     """
 
-    packed_head: Tensor | None = None
+    packed_head: PackedWeight | None = None
     """The head in the CPU matmul's order (engine.prepare)."""
 
     def __init__(self, config: ModelConfig) -> None:

@@ -1,6 +1,6 @@
 """Continual pretraining and supervised fine-tuning of a checkpoint on one's own data, in full or by LoRA."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -45,8 +45,9 @@ class Tune:
     lr: float = 1e-5
     rates: Rates = field(default_factory=Rates)
     """Factors on lr for vision, mergers and language; 0 freezes."""
-    lora: LoraConfig | None = None
-    """None trains the weights themselves."""
+    lora_rank: int = 0
+    """0 trains the weights themselves; above 0, LoRA factors of this rank on the decoder's linear layers (alpha is twice the rank). The
+    adapter is then written to out/adapter, and merged into out/export."""
     power: float = 0.5
     """Loss weight n^-power of each of a sample's n targets: 0.5 is the report's square root, 0 counts tokens, 1 counts samples."""
     denominator: Denominator = "weights"
@@ -64,14 +65,24 @@ class Tune:
     device: str = "auto"
 
 
-def tune(run: Tune, watchers: Sequence[Watcher] = (), *, stop_after: int | None = None) -> Path:
-    """Train, then write `out/export`, a folder that transformers loads; with LoRA also `out/adapter` in PEFT's format."""
+def tune(
+    run: Tune,
+    watchers: Sequence[Watcher] = (),
+    *,
+    stop_after: int | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Path | None:
+    """Train, then write `out/export`, a folder that transformers loads; with LoRA also `out/adapter` in PEFT's format.
+
+    None when the run was stopped before its last step; the same call goes on with it.
+    """
     device = pick_device(run.device)
     world = join_world(device)
     folder = resolve(run.model)
     model = load(folder, dtype=pick_dtype(world.device, run.dtype), device=world.device)
-    if run.lora is not None:
-        add_adapter(model, run.lora)
+    lora = LoraConfig(r=run.lora_rank, alpha=2.0 * run.lora_rank, seed=run.seed) if run.lora_rank else None
+    if lora is not None:
+        add_adapter(model, lora)
     loader = make_loader(
         read_mixture(run.data),
         Processor.from_folder(folder),
@@ -93,19 +104,45 @@ def tune(run: Tune, watchers: Sequence[Watcher] = (), *, stop_after: int | None 
             rates=run.rates,
             weight_decay=run.weight_decay,
         ),
-        schedule=Schedule(kind=run.schedule, warmup_steps=min(run.warmup_steps, run.steps // 10)),
+        schedule=Schedule(kind=run.schedule, warmup_steps=min(run.warmup_steps, max(1, run.steps // 10))),
         checkpoint_every=run.checkpoint_every,
         seed=run.seed,
     )
     objective = NextToken(model, power=run.power, denominator=run.denominator, see_always=world.size > 1)
+    settings = {
+        "model": str(folder.resolve()),
+        "lora_rank": run.lora_rank,
+        "power": run.power,
+        "denominator": run.denominator,
+    }
     with loader:
-        fit(objective, loader, config, run.out, world, watchers=watchers, stop_after=stop_after)
-    if stop_after is not None and stop_after < run.steps:
-        return run.out
-    return export(run, objective, folder, world)
+        if world.rank == 0:
+            log.info("%s", plan_sentence(run, loader.num_tokens))
+        reached = fit(
+            objective,
+            loader,
+            config,
+            run.out,
+            world,
+            watchers=watchers,
+            stop_after=stop_after,
+            should_stop=should_stop,
+            settings=settings,
+        )
+    return export(run, objective, folder, world, lora) if reached == run.steps else None
 
 
-def export(run: Tune, objective: NextToken, folder: Path, world: World) -> Path:
+def plan_sentence(run: Tune, data_tokens: int) -> str:
+    """What the run will read, before it starts."""
+    step = run.packs_per_step * run.pack_tokens
+    passes = run.steps * step / max(1, data_tokens)
+    return (
+        f"{run.steps:,} steps of up to {step:,} tokens are about {passes:,.1f} passes over the data's {data_tokens:,} tokens"
+        + ("; fewer --steps, or smaller --pack-tokens and --packs-per-step, may be meant" if passes > 20 else "")
+    )
+
+
+def export(run: Tune, objective: NextToken, folder: Path, world: World, lora: LoraConfig | None) -> Path:
     """The trained network as a complete Hugging Face folder, written by rank 0."""
     out = run.out / "export"
     if world.rank > 0:
@@ -113,12 +150,12 @@ def export(run: Tune, objective: NextToken, folder: Path, world: World) -> Path:
     model = objective.model
     if world.size > 1:  # sharded here, whole in the checkpoint
         model = load(folder, dtype=model.head_weight.dtype)
-        if run.lora is not None:
-            add_adapter(model, run.lora)
+        if lora is not None:
+            add_adapter(model, lora)
         saved = newest(run.out)
         assert saved is not None
         restore_weights(NextToken(model), saved.weights)
-    if run.lora is not None:
+    if lora is not None:
         save_adapter(model, run.out / "adapter", base=run.model)
         merge(model, keep_base=False)
     save(model.to(torch.bfloat16), out, companions=folder)

@@ -1,8 +1,9 @@
 """The one loop: packs in, a step out, for every stage from the vision pre-stage to reinforcement learning."""
 
+import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -77,18 +78,24 @@ def fit(
     *,
     watchers: Sequence[Watcher] = (),
     stop_after: int | None = None,
-) -> None:
+    should_stop: Callable[[], bool] = lambda: False,
+    settings: Mapping[str, Any] | None = None,
+) -> int:
     """Train from the newest checkpoint in `out`, or from the start, to `config.steps` (or `stop_after`, for a planned pause).
 
     A resumed run is bitwise the run that never stopped: weights, optimizer, order of packs, losses. Writes `log.jsonl`, `skipped.jsonl`
     and `step-*` there. Watchers (evaluation, export, progress) are called after each step.
+
+    `should_stop` is asked after each step (a person pressed Ctrl-C); the run is then saved and left. `settings` (JSON) and the config
+    are kept in the checkpoint, and a resume under other ones is refused. Returns the step that was reached.
     """
     assert isinstance(objective, nn.Module)
     freeze(objective.model, config.optimizer.rates)
     shard(objective.model, objective, world)
     optimizer = Optimizer(objective, config.optimizer)
     guard = SpikeGuard(sigmas=config.spike_sigmas)
-    first = _resume(out, objective, optimizer, stream, guard)
+    kept = _settings(config, settings or {})
+    first = _resume(out, objective, optimizer, stream, guard, kept)
     rows = _log(out, first) if world.rank == 0 else None
     last = min(config.steps, stop_after or config.steps)
     went_back, went_to = 0, first
@@ -101,7 +108,7 @@ def fit(
         loaded = time.perf_counter()
         denominator = world.sum(sum(objective.measure(m) for m in micros))
         if not micros:  # on all ranks alike
-            save_run(out, step, objective, optimizer, _state(stream, guard), world, keep=config.keep)
+            save_run(out, step, objective, optimizer, _state(stream, guard, kept), world, keep=config.keep)
             raise ValueError(
                 f"the data is over after {step} of {config.steps} steps, and the run is saved in {out}; give it {step} steps, or let its "
                 "sources repeat (max_epochs)."
@@ -156,28 +163,55 @@ def fit(
             step = went_to = _roll_back(out, objective, optimizer, stream, guard, step)
             went_back += 1
             continue
-        is_due = step == last or (config.checkpoint_every > 0 and step % config.checkpoint_every == 0)
+        is_stopped = world.sum(float(should_stop())) > 0
+        is_due = step == last or is_stopped or (config.checkpoint_every > 0 and step % config.checkpoint_every == 0)
         # Not in the middle of trouble: a roll-back must find weights from before it.
         if step == config.steps or (is_due and guard.in_a_row == 0):
-            save_run(out, step, objective, optimizer, _state(stream, guard), world, keep=config.keep)
+            save_run(out, step, objective, optimizer, _state(stream, guard, kept), world, keep=config.keep)
             went_back = 0
         for watcher in watchers:
             watcher(StepReport(step, config.steps, values, skipped))
+        if is_stopped:
+            break
     if rows is not None:
         rows.close()
     objective.eval()
+    return step
 
 
-def _state(stream: Stream, guard: SpikeGuard) -> dict[str, Any]:
-    return {"stream": stream.state(), "guard": guard.state()}
+def _state(stream: Stream, guard: SpikeGuard, settings: dict[str, Any]) -> dict[str, Any]:
+    return {"stream": stream.state(), "guard": guard.state(), "settings": settings}
 
 
-def _resume(out: Path, objective: Objective, optimizer: Optimizer, stream: Stream, guard: SpikeGuard) -> int:
+def _settings(config: LoopConfig, others: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the run's numbers, as JSON; not how often it is saved, nor how long it is."""
+    own = asdict(config)
+    for name in ("checkpoint_every", "keep", "peak_flops"):
+        del own[name]
+    return json.loads(json.dumps(own | dict(others)))
+
+
+def _check_settings(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) == now.get(name):
+            continue
+        told = f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
+        if name != "steps":
+            raise ValueError(
+                f"the run in {out} cannot go on: {told}; give the old value, or another folder for a new run."
+            )
+        log.warning("%s, so the learning rate follows another schedule from here", told)
+
+
+def _resume(
+    out: Path, objective: Objective, optimizer: Optimizer, stream: Stream, guard: SpikeGuard, settings: dict[str, Any]
+) -> int:
     """The step to go on from; 0 when there is no checkpoint."""
     assert isinstance(objective, nn.Module)
     saved = newest(out)
     if saved is None:
         return 0
+    _check_settings(saved.state["settings"], settings, out)
     restore_weights(objective, saved.weights)
     restore_optimizer(optimizer, saved.optimizer)
     stream.restore(saved.state["stream"])

@@ -89,7 +89,14 @@ class Optimizer:
         return [m.grad for m in self.masters.values() if m.grad is not None]
 
     def step(self, factor: float) -> None:
-        """One update at `factor` times the configured rates."""
+        """One update at `factor` times the configured rates.
+
+        A parameter that no sample of the step reached has a gradient of zero, not none: momentum and decay then move it as they do on
+        sharded ranks, where it always has one, so that N ranks stay equal to one.
+        """
+        for master in self.masters.values():
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
         for optimizer in self.inner:
             for group in optimizer.param_groups:
                 group["lr"] = group["rate"] * factor

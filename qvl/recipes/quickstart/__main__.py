@@ -21,7 +21,7 @@ from qvl.worlds.catalogue import world
 
 
 def main(work: Path = Path("runs/quickstart")) -> int:
-    """Returns 1 when a promise is broken."""
+    """Returns 1 when a floor is broken or the two networks differ."""
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     story = Story(work)
@@ -72,9 +72,10 @@ def main(work: Path = Path("runs/quickstart")) -> int:
         for part in (Image(str(photograph())), Video(str(film(work)))):
             answer(story, model, processor, part)
     report = story.write_report()
-    story.console.print(f"\n{report} holds the figures. Try it:")
+    story.console.print(f"\n{report} holds the figures. What it can answer is what it was told; try it:")
+    question = "In the picture you see a striped red circle at (120, 310).\n\nWhat colour and shape is the object?"
     story.console.print(
-        f"  .venv/bin/qvl generate --model {folder} --image CAT.png --prompt 'What is this?'", markup=False
+        f"  .venv/bin/qvl generate --model {folder} --max-tokens 20 --prompt {question!r}", markup=False, soft_wrap=True
     )
     return 0 if all(row.passed for row in rows) and all(skill.holds for skill in story.skills) else 1
 
