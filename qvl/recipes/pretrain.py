@@ -1,0 +1,221 @@
+"""The pretraining stages at every published size: what is trained, on how much of what, and what that costs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from qvl.model.config import ModelConfig, preset
+from qvl.model.flops import forward_flops, vision_flops
+from qvl.model.qwen3vl import Qwen3VL, empty_model
+from qvl.train.parameters import Part, Rates, part_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One row of the report's Table 1, with what the report leaves open chosen by us (each `ours` says which and why)."""
+
+    name: str
+    goal: str
+    rates: Rates
+    tokens: int
+    """Budget in tokens, text and visual (report Table 1)."""
+    pack_tokens: int
+    """Sequence length (report Table 1); packs are filled to it."""
+    tokens_per_step: int
+    """Ours: 4M tokens a step, usual at this scale; the report gives no batch size."""
+    lr: float
+    mixture: Mapping[str, float]
+    """Share of tokens by the report's categories. The report names what grows and shrinks, no numbers: the shares are ours."""
+    visual_share: float
+    """Ours: part of the tokens that stand for patches, for the cost of the vision tower."""
+    mean_length: int
+    """Ours: mean tokens of a document inside a pack, for the cost of attention."""
+    ours: tuple[str, ...] = field(default_factory=tuple)
+
+    def __post_init__(self) -> None:
+        total = sum(self.mixture.values())
+        if abs(total - 1) > 1e-9:
+            raise ValueError(f"the mixture of {self.name} sums to {total}; make it 1.")
+
+    @property
+    def steps(self) -> int:
+        return -(-self.tokens // self.tokens_per_step)
+
+    @property
+    def packs_per_step(self) -> int:
+        return self.tokens_per_step // self.pack_tokens
+
+
+BATCH = 4 * 2**20
+
+
+def s0() -> Stage:
+    """Vision-language alignment: the mergers alone, DeepStack's too (report Table 1: 67B tokens at 8,192)."""
+    return Stage(
+        name="s0",
+        goal="align the tower with the language model",
+        rates=Rates(vision=0, mergers=1, language=0),
+        tokens=67 * 10**9,
+        pack_tokens=8192,
+        tokens_per_step=BATCH,
+        lr=1e-3,
+        mixture={"image captions": 0.6, "knowledge": 0.2, "ocr": 0.2},
+        visual_share=0.6,
+        mean_length=1000,
+        ours=("lr 1e-3: only fresh mergers learn", "captions 3 : knowledge 1 : OCR 1"),
+    )
+
+
+def s1() -> Stage:
+    """Multimodal pretraining: everything learns (report Table 1: about 1T tokens at 8,192)."""
+    return Stage(
+        name="s1",
+        goal="learn to see and read, in one model",
+        rates=Rates(vision=0.1),
+        tokens=10**12,
+        pack_tokens=8192,
+        tokens_per_step=BATCH,
+        lr=1e-4,
+        mixture={
+            "text": 0.25,
+            "image captions": 0.2,
+            "interleaved": 0.15,
+            "knowledge": 0.05,
+            "ocr and documents": 0.12,
+            "grounding and counting": 0.06,
+            "spatial and 3d": 0.03,
+            "code": 0.03,
+            "stem": 0.07,
+            "video": 0.02,
+            "agent": 0.02,
+        },
+        visual_share=0.45,
+        mean_length=1750,
+        ours=("tower at a tenth of the rate, which kept small towers from forgetting", "a quarter of text"),
+    )
+
+
+def s2() -> Stage:
+    """Long context: more text, and among pictures much more video and agent data (report Table 1: about 1T tokens at 32,768)."""
+    return Stage(
+        name="s2",
+        goal="read long documents and watch video",
+        rates=Rates(vision=0.1),
+        tokens=10**12,
+        pack_tokens=32768,
+        tokens_per_step=BATCH,
+        lr=5e-5,
+        mixture={
+            "text": 0.35,
+            "image captions": 0.08,
+            "interleaved": 0.1,
+            "knowledge": 0.03,
+            "ocr and documents": 0.1,
+            "grounding and counting": 0.03,
+            "spatial and 3d": 0.02,
+            "code": 0.03,
+            "stem": 0.06,
+            "video": 0.13,
+            "agent": 0.07,
+        },
+        visual_share=0.4,
+        mean_length=6000,
+        ours=("half of S1's rate", "text from .25 to .35, video from .02 to .13, agent from .02 to .07"),
+    )
+
+
+def s3() -> Stage:
+    """Ultra-long adaptation: long video and long documents (report Table 1: 100B tokens at 262,144)."""
+    return Stage(
+        name="s3",
+        goal="use the whole window of 262,144 tokens",
+        rates=Rates(vision=0.1),
+        tokens=100 * 10**9,
+        pack_tokens=262144,
+        tokens_per_step=BATCH,
+        lr=2e-5,
+        mixture={"text": 0.35, "long documents": 0.25, "video": 0.25, "interleaved": 0.05, "stem": 0.05, "agent": 0.05},
+        visual_share=0.45,
+        mean_length=60000,
+        ours=("a fifth of S1's rate", "half of it long documents and video, the rest shorter replay"),
+    )
+
+
+STAGES = {"s0": s0, "s1": s1, "s2": s2, "s3": s3}
+SIZES = ("2B", "4B", "8B", "32B", "30B-A3B", "235B-A22B")
+FRAME_PATCHES = 1024
+"""Ours: a picture or frame of 512 x 512, for the cost of the tower's attention."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a stage takes at one size. Estimates by counting, not measurements."""
+
+    parameters: dict[Part, int]
+    trained: int
+    flops: float
+    """Of the whole stage, forward and backward, without recomputation."""
+    days: float
+    """On `devices` at `mfu` of `peak`."""
+    memory_bytes: dict[str, int]
+    """On each device under FSDP, by what it holds."""
+
+
+def cost(stage: Stage, size: str, *, devices: int, peak: float, mfu: float) -> Cost:
+    """Raises ValueError where a pack cannot be dealt out."""
+    if devices < 1 or not 0 < mfu <= 1 or peak <= 0:
+        raise ValueError(
+            f"devices is {devices}, mfu {mfu}, peak {peak}; expected devices >= 1, 0 < mfu <= 1, peak > 0."
+        )
+    config = preset(size)
+    parameters = count_parameters(config)
+    trained = sum(count for part, count in parameters.items() if stage.rates.of(part) > 0)
+    flops = pack_flops(stage, config) * stage.tokens / stage.pack_tokens
+    return Cost(
+        parameters=parameters,
+        trained=trained,
+        flops=flops,
+        days=flops / (devices * peak * mfu) / 86400,
+        memory_bytes=memory(stage, config, sum(parameters.values()), trained, devices),
+    )
+
+
+def count_parameters(config: ModelConfig) -> dict[Part, int]:
+    model: Qwen3VL = empty_model(config, dtype=torch.bfloat16, device="meta")
+    counts: dict[Part, int] = {}
+    for name, parameter in model.named_parameters():
+        counts[part_of(name)] = counts.get(part_of(name), 0) + parameter.numel()
+    return counts
+
+
+def pack_flops(stage: Stage, config: ModelConfig) -> float:
+    """One pack, forward and backward.
+
+    A part that learns costs three forwards. A frozen part that the gradient must pass (the language model in S0) costs two, a frozen part
+    before all that learns (the tower in S0) one. Prompts and visual tokens have no loss, but their rows are left out of the head.
+    """
+    whole, rest = divmod(stage.pack_tokens, stage.mean_length)
+    lengths = (stage.mean_length,) * whole + ((rest,) if rest else ())
+    visual = int(stage.pack_tokens * stage.visual_share)
+    frames = max(1, visual * 4 // FRAME_PATCHES)
+    text = forward_flops(config, lengths, num_logits=stage.pack_tokens - visual)
+    tower = vision_flops(config, (FRAME_PATCHES,) * frames)
+    language = 3 if stage.rates.language > 0 else 2
+    return language * text.forward + (3 if stage.rates.vision > 0 else 1) * tower
+
+
+def memory(stage: Stage, config: ModelConfig, total: int, trained: int, devices: int) -> dict[str, int]:
+    """bf16 weights, fp32 gradients, masters and two moments, sharded; activations of one pack with each layer recomputed."""
+    text = config.text
+    layer = total // (text.num_hidden_layers + 2)
+    inner = text.moe.intermediate_size * text.moe.num_experts_per_tok if text.moe else text.intermediate_size
+    one_layer = stage.pack_tokens * (8 * text.hidden_size + 3 * inner) * 2
+    return {
+        "weights": 2 * total // devices,
+        "gradients, masters, moments": 16 * trained // devices,
+        "one layer gathered": 2 * 2 * layer,
+        "kept activations": stage.pack_tokens * text.hidden_size * text.num_hidden_layers * 2,
+        "one layer's activations": one_layer,
+        "head, one chunk": 2**28 + stage.pack_tokens * text.hidden_size * 2,
+    }

@@ -1,0 +1,57 @@
+"""The stages are the report's Table 1; their costs are arithmetic that can be checked by hand."""
+
+import json
+
+import pytest
+
+from qvl.commands import cli
+from qvl.model.config import preset
+from qvl.recipes.pretrain import SIZES, STAGES, cost, count_parameters, pack_flops, s0, s1
+
+
+def test_budgets_and_lengths_are_those_of_table_1() -> None:
+    table = {name: (stage().tokens, stage().pack_tokens) for name, stage in STAGES.items()}
+    assert table == {
+        "s0": (67 * 10**9, 8192),
+        "s1": (10**12, 8192),
+        "s2": (10**12, 32768),
+        "s3": (100 * 10**9, 262144),
+    }
+
+
+def test_s0_trains_the_mergers_and_nothing_else() -> None:
+    made = cost(s0(), "8B", devices=64, peak=1e15, mfu=0.4)
+    assert made.trained == made.parameters["mergers"]
+    # four mergers (one and three of DeepStack) from 4 x 1152 to 4096: two matrices, their biases, a norm
+    matrices = 4608 * 4608 + 4608 + 4608 * 4096 + 4096
+    assert made.trained == 4 * matrices + 2 * 1152 + 3 * 2 * 4608
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", STAGES)
+def test_every_stage_has_a_plan_at_every_published_size(size: str, name: str) -> None:
+    stage = STAGES[name]()
+    made = cost(stage, size, devices=1024, peak=989e12, mfu=0.4)
+    assert stage.packs_per_step * stage.pack_tokens == stage.tokens_per_step
+    assert (stage.steps - 1) * stage.tokens_per_step < stage.tokens <= stage.steps * stage.tokens_per_step
+    assert made.flops > 0 and made.days > 0 and min(made.memory_bytes.values()) > 0
+
+
+def test_the_flops_of_s1_are_about_six_for_each_active_weight_and_token() -> None:
+    stage, config = s1(), preset("8B")
+    decoder = count_parameters(config)["language"] - config.text.vocab_size * config.text.hidden_size
+    rule_of_thumb = 6 * decoder * stage.pack_tokens
+    assert rule_of_thumb < pack_flops(stage, config) < 1.6 * rule_of_thumb
+
+
+def test_twice_the_devices_take_half_the_days_and_hold_half_the_weights() -> None:
+    one, two = (cost(s1(), "2B", devices=n, peak=1e15, mfu=0.5) for n in (8, 16))
+    assert one.days == pytest.approx(2 * two.days)
+    assert one.memory_bytes["weights"] == pytest.approx(2 * two.memory_bytes["weights"], abs=2)
+
+
+def test_the_command_prints_json_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--size", "2B", "--stage", "s3", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["stage"]["pack_tokens"] == 262144
+    assert told["steps"] == 23842
