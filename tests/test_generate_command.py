@@ -286,3 +286,21 @@ def test_an_adapter_changes_the_answer_and_one_that_does_nothing_does_not(
     save_adapter(model, tmp_path / "loud")
     assert tokens("--adapter", str(tmp_path / "idle")) == tokens()
     assert tokens("--adapter", str(tmp_path / "loud")) != tokens()
+
+
+def test_a_question_without_its_flag_is_answered_with_the_flag(
+    models: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["generate", "--model", models["instruct"], "what is this?"]) == 2
+    assert (
+        capsys.readouterr().err.strip()
+        == "qvl: 'what is this?' stands without a flag; ask with --prompt 'what is this?'."
+    )
+
+
+def test_a_video_or_pdf_given_as_a_picture_is_called_what_it_is(
+    models: dict[str, str], files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file, name in (("clip.mp4", "a video"), ("two.pdf", "a PDF")):
+        assert cli.main(["generate", "--model", models["instruct"], "--image", str(files / file), "--prompt", "?"]) == 2
+        assert f"the file is {name}, no picture" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Answers one prompt with pictures, videos and PDFs in the order they were named."""
 
 import json
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -121,10 +122,15 @@ class Answering:
     max_tokens: int | None = None
     """Most tokens of an answer, its thought included; 1024 where the sampling says nothing."""
     top_p: float | None = None
+    """Draw from the likeliest tokens that together hold this probability."""
     top_k: int | None = None
+    """Draw from this many of the likeliest tokens; 0 from all."""
     min_p: float | None = None
+    """Leave out tokens less likely than this part of the likeliest."""
     repetition_penalty: float | None = None
+    """Above 1: tokens of the prompt and the answer become less likely."""
     presence_penalty: float | None = None
+    """Above 0: tokens already in the answer become less likely."""
     seed: int | None = None
     """The same seed draws the same answer."""
     stop: tuple[str, ...] = ()
@@ -155,8 +161,23 @@ FLAGS = ("image", "video", "pdf", "prompt")
 def parse(argv: Sequence[str], read: Callable[[Sequence[str]], A]) -> A:
     """The media and prompts in the order given; they replace those of a --config file."""
     asked, rest = take_in_order(argv, FLAGS)
+    if (word := lone_word(rest)) is not None:
+        raise ValueError(f"{word!r} stands without a flag; ask with --prompt {shlex.quote(word)}.")
     args = read(rest)
     return replace(args, ask=tuple(f"{kind}={value}" for kind, value in asked)) if asked else args
+
+
+def lone_word(argv: Sequence[str]) -> str | None:
+    """A word that no flag takes: what people type first is the question itself."""
+    taken, room = 0, 0
+    for word in argv:
+        if word.startswith("--"):
+            taken, room = 0, 0 if "=" in word else 1 + 100 * (word == "--stop")
+        elif taken < room:
+            taken += 1
+        else:
+            return word
+    return None
 
 
 def run(args: Generate) -> int:

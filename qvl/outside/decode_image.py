@@ -15,9 +15,20 @@ UNREADABLE = "the file is not a whole JPEG, PNG, WebP, GIF or BMP picture; check
 
 def image(stream: BinaryIO, limits: MediaLimits) -> Iterator[Message]:
     """One message: {height, width} and height x width x 3 bytes. Of an animation, the first frame."""
+    head = stream.read(12)
+    stream.seek(0)
+    if name := not_a_picture(head):
+        raise MediaError(f"the file is {name}, no picture; hand it in as such.")
     with refusing(UNREADABLE), open_picture(stream, limits) as picture:
         pixels = np.array(rgb(upright(picture)))
     yield {"height": pixels.shape[0], "width": pixels.shape[1]}, pixels
+
+
+def not_a_picture(head: bytes) -> str | None:
+    """What a file handed in as a picture often is instead, by its first bytes."""
+    if head[4:8] == b"ftyp" or head.startswith(b"\x1aE\xdf\xa3") or head[8:12] == b"AVI ":
+        return "a video"
+    return "a PDF" if head.startswith(b"%PDF") else None
 
 
 def open_picture(stream: BinaryIO, limits: MediaLimits) -> Image.Image:
