@@ -11,7 +11,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageP
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
 from bench.network import same_in_transformers, text_inputs
-from bench.rows import Row, copy_rate, in_turn
+from bench.rows import Row, copy_rate, measured
 from qvl.core.batch import Sample
 from qvl.engine.generate import generate
 from qvl.engine.prepare import prepare
@@ -22,7 +22,6 @@ from qvl.prompt.image import image_patches
 from qvl.prompt.sampling import VideoMeta, VideoSampling
 from qvl.prompt.video import video_patches
 
-COMMAND = "python -m bench answer"
 NEW_TOKENS = 32
 COMMON: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "patch_size": 16}
 
@@ -116,20 +115,14 @@ def step_bytes(config: ModelConfig, batch: int, context: int) -> int:
 
 
 def _row(metric: str, ours, theirs, *, peer: str, floor: tuple[int, float], shape: str, rounds: int) -> Row:
-    a, b, ratio = in_turn(ours, theirs, rounds)
     num_bytes, rate = floor
-    return Row(
+    return measured(
+        ours,
+        theirs,
         suite="answer",
         metric=metric,
-        value=a,
-        unit="s",
         peer=f"transformers {transformers.__version__}, {peer}",
-        peer_value=b,
-        ratio=ratio,
-        limit=num_bytes / rate,
-        limit_is=f"{num_bytes / 1e6:.0f} MB at {rate / 1e9:.0f} GB/s",
+        limit=(num_bytes / rate, f"{num_bytes / 1e6:.0f} MB at {rate / 1e9:.0f} GB/s"),
         shape=shape,
-        threads=torch.get_num_threads(),
         rounds=rounds,
-        command=COMMAND,
     )

@@ -8,15 +8,13 @@ import transformers
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.rows import Row, in_turn, matmul_rate
+from bench.rows import Row, matmul_rate, measured
 from qvl.core.batch import Batch
 from qvl.model.config import ModelConfig, config_to_hf, preset
 from qvl.model.flops import forward_flops, vision_flops
 from qvl.model.padded import batch_from_padded
 from qvl.model.qwen3vl import Qwen3VL, new_model
 from qvl.model.weights import to_checkpoint_name
-
-COMMAND = "python -m bench network"
 
 
 def rows(rounds: int = 7, device: str = "cpu", size: str = "0.2B") -> list[Row]:
@@ -116,21 +114,16 @@ def deepstack_row(ours: Qwen3VL, make) -> Row:
 
 
 def _row(metric: str, ours, theirs, *, flops: int, rounds: int, device: str, size: str, rate: float) -> Row:
-    a, b, ratio = in_turn(ours, theirs, rounds, device)
-    return Row(
+    return measured(
+        ours,
+        theirs,
         suite="network",
         metric=metric,
-        value=a,
-        unit="s",
         peer=f"transformers {transformers.__version__}, sdpa, bf16",
-        peer_value=b,
-        ratio=ratio,
-        limit=flops / rate,
-        limit_is=f"{flops / 1e9:.1f} GFLOP at {rate / 1e9:.0f} GFLOP/s",
+        limit=(flops / rate, f"{flops / 1e9:.1f} GFLOP at {rate / 1e9:.0f} GFLOP/s"),
         shape=f"{size}, bf16",
-        threads=torch.get_num_threads(),
         rounds=rounds,
-        command=COMMAND,
+        device=device,
     )
 
 

@@ -77,6 +77,37 @@ def in_turn(
     )
 
 
+def measured(
+    ours: Callable[[], object],
+    theirs: Callable[[], object],
+    *,
+    suite: str,
+    metric: str,
+    peer: str,
+    limit: tuple[float, str],
+    shape: str,
+    rounds: int,
+    device: str = "cpu",
+) -> Row:
+    """The row of two workloads run in turn; `limit` is the floor in seconds and what it is made of."""
+    a, b, ratio = in_turn(ours, theirs, rounds, device)
+    return Row(
+        suite=suite,
+        metric=metric,
+        value=a,
+        unit="s",
+        peer=peer,
+        peer_value=b,
+        ratio=ratio,
+        limit=limit[0],
+        limit_is=limit[1],
+        shape=shape,
+        threads=torch.get_num_threads(),
+        rounds=rounds,
+        command=f"python -m bench {suite}",
+    )
+
+
 def append(rows: list[Row], device: str = "cpu") -> None:
     """Add rows with date, commit (marked when the tree differs from it), machine and versions."""
     commit = subprocess.run(

@@ -92,9 +92,12 @@ def of_world(world: World, processor: Processor, *, seed: int) -> Maker:
 def of_text(token_T: Tensor, length: int, *, seed: int) -> Maker:
     """Windows of `length` tokens anywhere in one long text; every token is trained."""
 
+    if len(token_T) < length:
+        raise ValueError(f"the text has {len(token_T)} tokens, fewer than a window's {length}; give more text.")
+
     def make(index: int) -> tuple[str, Sample]:
         random = np.random.Generator(np.random.Philox(key=np.array([seed, index], dtype=np.uint64)))
-        start = int(random.integers(0, len(token_T) - length))
+        start = int(random.integers(0, len(token_T) - length + 1))
         window_T = token_T[start : start + length].clone()
         return f"text/{start}", Sample(token_T=window_T, is_target_T=torch.ones(length, dtype=torch.bool))
 
