@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qvl.model.qwen3vl import Qwen3VL, new_model
 from qvl.model.siglip_text import TextTowerConfig, fixed_length
-from qvl.parallel.data_parallel import join_world
+from qvl.parallel.data_parallel import join_world, leave_world
 from qvl.train.contrastive import V0_RATES, CaptionPack, Contrastive, new_contrastive, picture_batch
 from qvl.train.loop import LoopConfig, fit
 from qvl.train.optimizer import OptimizerConfig
@@ -96,5 +96,4 @@ def main(out: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_world()

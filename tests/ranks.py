@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from qvl.model.qwen3vl import new_model
-from qvl.parallel.data_parallel import join_world
+from qvl.parallel.data_parallel import join_world, leave_world
 from qvl.train.loop import fit
 from qvl.train.objective import NextToken
 from test_train import Drawn, Pack, settings, small
@@ -36,5 +36,4 @@ def main(out: Path, steps: int, checkpoint_every: int = 0) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_world()

@@ -7,6 +7,7 @@ from types import FrameType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from qvl.parallel.data_parallel import leave_world
 from qvl.recipes.tune import Tune, tune
 from qvl.train.loop import StepReport
 
@@ -52,8 +53,11 @@ def run(args: Train) -> int:
             progress.update(task, completed=report.step, now=report.skipped or now, visible=True)
 
         folder = tune(args, [show], should_stop=lambda: stopper.is_asked)
+    code = 0
     if folder is None:
         print(f"stopped and saved in {args.out}; the same command goes on from there")
-        return 130
-    print(f"wrote {folder}" + (f" and {args.out / 'adapter'}" if args.lora_rank else ""))
-    return 0
+        code = 130
+    else:
+        print(f"wrote {folder}" + (f" and {args.out / 'adapter'}" if args.lora_rank else ""))
+    leave_world(code)
+    return code
