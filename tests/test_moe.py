@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from qvl.core.device import grouped_mm_runs
 from qvl.model.config import preset
-from qvl.model.moe import Experts, MoE, RouterStats, by_grouped_mm, by_loop, has_grouped_mm, load_balancing_loss
+from qvl.model.moe import Experts, MoE, RouterStats, by_grouped_mm, by_loop, load_balancing_loss
 from qvl.model.vision import sincos_table
 
-CPU_DTYPES = [d for d in (torch.float32, torch.bfloat16) if has_grouped_mm("cpu", d)]
+CPU_DTYPES = [d for d in (torch.float32, torch.bfloat16) if grouped_mm_runs(d)]
 
 
 def experts(dtype: torch.dtype) -> Experts:

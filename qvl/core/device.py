@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -176,9 +177,10 @@ def memory_bytes() -> int:
     return total
 
 
+@cache
 def grouped_mm_runs(dtype: torch.dtype, device: torch.device | str = "cpu") -> bool:
     """Whether one matmul per expert in a single call works here, found out by making a tiny one."""
-    grouped_mm = getattr(torch.nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+    grouped_mm = getattr(torch.nn.functional, "grouped_mm", None)
     if grouped_mm is None:
         return False
     a, b = torch.ones(8, 16, dtype=dtype, device=device), torch.ones(2, 16, 16, dtype=dtype, device=device)

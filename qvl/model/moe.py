@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qvl.core.device import grouped_mm_runs
 from qvl.model.config import TextConfig
 
 
@@ -81,20 +81,7 @@ def by_grouped_mm(x_TD: Tensor, expert_TA: Tensor, weight_TA: Tensor, experts: E
 
 
 def pick_dispatch(device: str, dtype: torch.dtype) -> Dispatch:
-    return by_grouped_mm if has_grouped_mm(device, dtype) else by_loop
-
-
-@cache
-def has_grouped_mm(device: str, dtype: torch.dtype) -> bool:
-    """Tried once with a tiny call, because torch's support differs by version, device and dtype."""
-    if not hasattr(F, "grouped_mm"):
-        return False
-    try:
-        x, w = torch.ones(16, 16, dtype=dtype, device=device), torch.ones(1, 16, 16, dtype=dtype, device=device)
-        F.grouped_mm(x, w, offs=torch.tensor([16], dtype=torch.int32, device=device))
-    except (RuntimeError, NotImplementedError):
-        return False
-    return True
+    return by_grouped_mm if grouped_mm_runs(dtype, device) else by_loop
 
 
 def load_balancing_loss(
