@@ -1,4 +1,4 @@
-"""Run by test_data_parallel (under torchrun) and test_kill: trains a small model on this rank's share of fixed packs."""
+"""Run by test_data_parallel, test_watch (under torchrun) and test_kill: trains a small model on this rank's share of fixed packs."""
 
 import sys
 from collections.abc import Sequence
@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
-from qvl.model.qwen3vl import new_model
+from qvl.model.qwen3vl import Qwen3VL, new_model
 from qvl.parallel.data_parallel import join_world, leave_world
 from qvl.train.loop import fit
 from qvl.train.objective import NextToken
+from qvl.train.watch import evaluate_every, export_every
 from test_train import Drawn, Pack, settings, small
 
 
@@ -25,13 +26,39 @@ class Share(Drawn):
         return packs[self.rank :: self.size]
 
 
-def main(out: Path, steps: int, checkpoint_every: int = 0) -> None:
+def main(
+    out: Path,
+    steps: int,
+    checkpoint_every: int = 0,
+    is_checkpointed: int = 0,
+    watch_every: int = 0,
+    replicates: int = 0,
+) -> None:
+    """`is_checkpointed`: activations are made again in the backward pass. `watch_every`: steps between evaluations and exports.
+    `replicates`: each rank holds the whole model."""
     torch.set_num_threads(1)
-    world = join_world(torch.device("cpu"))
-    model = new_model(small())
+    world = join_world(torch.device("cpu"), replicates=bool(replicates))
+    model = new_model(small(), seed=world.rank if world.replicates else 0)
     stream = Share(world.rank, world.size)
-    config = settings(steps, checkpoint_every=checkpoint_every)
-    fit(NextToken(model, see_always=world.size > 1), stream, config, out, world)
+    is_saving = bool(is_checkpointed)
+    config = settings(
+        steps, checkpoint_every=checkpoint_every, checkpoint_vision=is_saving, checkpoint_decoder=is_saving
+    )
+    watchers = []
+    if watch_every:
+        watchers = [evaluate_every(watch_every, model, sizes, out, world), export_every(watch_every, model, out, world)]
+    fit(
+        NextToken(model, see_always=world.size > 1 and not world.replicates),
+        stream,
+        config,
+        out,
+        world,
+        watchers=watchers,
+    )
+
+
+def sizes(model: Qwen3VL) -> dict[str, float]:
+    return {"norm": float(sum(p.double().square().sum() for p in model.parameters()))}
 
 
 if __name__ == "__main__":

@@ -13,10 +13,14 @@ from qvl.train.checkpoint import newest
 HERE = Path(__file__).parent
 
 
-def run(out: Path, ranks: int, steps: int) -> None:
+def run(out: Path, ranks: int, steps: int, *, replicates: bool = False) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     done = subprocess.run(
-        [*command, str(HERE / "ranks.py"), str(out), str(steps)], cwd=HERE, capture_output=True, text=True, timeout=240
+        [*command, str(HERE / "ranks.py"), str(out), str(steps), "0", "0", "0", str(int(replicates))],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -42,6 +46,17 @@ def test_the_weights_after_three_sharded_steps_are_those_of_one_rank(outcomes: t
     one, two = (newest(out) for out in outcomes)
     assert one is not None
     assert two is not None
+    for name, weight in one.weights.items():
+        torch.testing.assert_close(two.weights[name], weight, atol=2e-5, rtol=1e-4, msg=name)
+
+
+def test_replicas_begin_with_rank_0s_weights_and_stay_one_model(outcomes: tuple[Path, Path], tmp_path: Path) -> None:
+    """Each rank draws other weights first; the second never sees a picture, so its tower has no gradient of its own."""
+    run(tmp_path, 2, 3, replicates=True)
+    losses = [[row["loss"] for row in read_jsonl(out / "log.jsonl")] for out in (outcomes[0], tmp_path)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    one, two = newest(outcomes[0]), newest(tmp_path)
+    assert one is not None and two is not None
     for name, weight in one.weights.items():
         torch.testing.assert_close(two.weights[name], weight, atol=2e-5, rtol=1e-4, msg=name)
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from qvl.model.attention import Layout
 from qvl.model.config import TextConfig
-from qvl.model.layers import MLP, Linear, RMSNorm
+from qvl.model.layers import MLP, Linear, RMSNorm, RunBlock, run_plainly
 from qvl.model.moe import MoE, RouterStats
 from qvl.model.rope import Rotary, rotate
 
@@ -39,7 +39,11 @@ class Attention(nn.Module):
         k_TKH = self.k_norm(self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim)))
         v_TKH = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
         q_TNH, k_TKH = rotate(q_TNH, cos_TH, sin_TH), rotate(k_TKH, cos_TH, sin_TH)
-        return self.o_proj(layout.attend(q_TNH, k_TKH, v_TKH, layer=self.layer).flatten(-2))
+        return self.o_proj(self.attend(q_TNH, k_TKH, v_TKH, layout).flatten(-2))
+
+    def attend(self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, layout: Layout) -> Tensor:
+        """Apart, because a compiler must stop here: lengths change with every pack and the number with every layer."""
+        return layout.attend(q_TNH, k_TKH, v_TKH, layer=self.layer)
 
 
 class DecoderLayer(nn.Module):
@@ -65,6 +69,8 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """All layers, or the slice of them that a pipeline stage holds; embedding and final norm belong to the first and last slice."""
 
+    run_block: RunBlock = staticmethod(run_plainly)
+
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -84,7 +90,7 @@ class Decoder(nn.Module):
         """Hidden states before the final norm. `router_out` is filled with one entry for each MoE layer."""
         cos_TH, sin_TH = self.rotary(position_3T, x_TD.dtype)
         for layer in self.layers:
-            x_TD, stats = layer(x_TD, cos_TH, sin_TH, layout)
+            x_TD, stats = self.run_block(layer, x_TD, cos_TH, sin_TH, layout)
             if router_out is not None and stats is not None:
                 router_out.append(stats)
             if deepstack is not None and deepstack.levels:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from qvl.model.config import ModelConfig
+from qvl.model.siglip_text import TextTowerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,8 @@ def forward_flops(
     )
 
 
-def vision_flops(config: ModelConfig, frame_lengths: tuple[int, ...]) -> int:
+def vision_flops(config: ModelConfig, frame_lengths: tuple[int, ...], *, with_mergers: bool = True) -> int:
+    """A forward pass of the tower; the vision pre-stage runs no mergers."""
     vision = config.vision
     if vision is None or not frame_lengths:
         return 0
@@ -57,5 +59,19 @@ def vision_flops(config: ModelConfig, frame_lengths: tuple[int, ...]) -> int:
     block = 4 * width * width + 2 * width * vision.intermediate_size
     total = 2 * patches * (vision.patch_numbers * width + vision.depth * block)
     total += vision.depth * sum(4 * n * n * width for n in frame_lengths)
-    mergers = 1 + len(vision.deepstack_visual_indexes)
+    mergers = (1 + len(vision.deepstack_visual_indexes)) if with_mergers else 0
     return total + mergers * 2 * (patches // vision.merge_area) * joined * (joined + vision.out_hidden_size)
+
+
+def text_tower_flops(config: TextTowerConfig, captions: int) -> int:
+    """A forward pass of the vision pre-stage's text tower."""
+    width, tokens = config.hidden_size, captions * config.max_length
+    block = 2 * tokens * (4 * width * width + 2 * width * config.intermediate_size)
+    block += captions * 4 * config.max_length**2 * width
+    return config.num_layers * block + captions * 2 * width * config.projection_size
+
+
+def pool_flops(width: int, inner: int, frame_lengths: tuple[int, ...]) -> int:
+    """A forward pass of the pooling head: keys and values of every patch, one query and an MLP for each frame."""
+    patches = sum(frame_lengths)
+    return patches * (4 * width * width + 4 * width) + len(frame_lengths) * (2 * width * width + 4 * width * inner)

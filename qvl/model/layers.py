@@ -1,10 +1,19 @@
 """The small parts that repeat: the linear map that may be packed for a CPU, RMSNorm, the gated MLP."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+RunBlock = Callable[..., Any]
+"""(block, *arguments) -> what the block gives. A trainer hands in another one to throw activations away (train/blocks.py)."""
+
+
+def run_plainly(block: nn.Module, *arguments: Any) -> Any:
+    return block(*arguments)
 
 
 class Linear(nn.Linear):

@@ -1,7 +1,8 @@
-"""Data parallelism with FSDP2: each rank holds a shard of every parameter and sees its own packs."""
+"""Data parallelism: each rank sees its own packs and holds a shard of every parameter (FSDP2), or all of a small model."""
 
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,8 @@ class World:
     rank: int
     size: int
     device: torch.device
+    replicates: bool = False
+    """Each rank holds the whole model: for models so small that gathering their shards costs more than computing with them."""
 
     def sum(self, value: float) -> float:
         """Over all ranks, in fp64."""
@@ -42,7 +45,7 @@ class World:
             dist.barrier()
 
 
-def join_world(device: torch.device) -> World:
+def join_world(device: torch.device, *, replicates: bool = False) -> World:
     """Meet the other ranks that torchrun started; alone when it did not."""
     here = place()
     if here.world_size == 1:
@@ -52,7 +55,7 @@ def join_world(device: torch.device) -> World:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return World(here.rank, here.world_size, device)
+    return World(here.rank, here.world_size, device, replicates)
 
 
 def leave_world(code: int = 0) -> None:
@@ -71,11 +74,16 @@ def leave_world(code: int = 0) -> None:
 
 
 def shard(model: Qwen3VL, root: nn.Module, world: World) -> None:
-    """Shard every block of `model`, then `root`, the module whose forward is called. A lone rank stays as it is.
+    """Shard every block of `model`, then `root`, the module whose forward is called. A lone rank stays as it is; replicas get rank 0's
+    weights.
 
     Gradients are summed in fp32, not averaged: the loss already has the global denominator.
     """
     if world.size == 1:
+        return
+    if world.replicates:
+        for tensor in (*root.parameters(), *root.buffers()):
+            dist.broadcast(tensor.detach(), src=0)
         return
     mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
@@ -87,6 +95,17 @@ def shard(model: Qwen3VL, root: nn.Module, world: World) -> None:
     for unit in units:
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+
+
+def sum_over_replicas(masters: Iterable[Tensor], world: World) -> None:
+    """Add the ranks' fp32 gradients in one message; where a rank did not reach a parameter it counts as zero. Shards are summed already."""
+    if world.size == 1 or not world.replicates:
+        return
+    masters = list(masters)
+    flat = torch.cat([(torch.zeros_like(m) if m.grad is None else m.grad).flatten() for m in masters])
+    dist.all_reduce(flat)
+    for master, part in zip(masters, flat.split([m.numel() for m in masters]), strict=True):
+        master.grad = part.view_as(master)
 
 
 def whole(x: Tensor) -> Tensor:

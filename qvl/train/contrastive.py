@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from qvl.core.batch import Batch
+from qvl.model.flops import pool_flops, text_tower_flops, vision_flops
 from qvl.model.pack import frame_lengths
 from qvl.model.pool import AttentionPool, load_pool, new_pool
 from qvl.model.qwen3vl import Qwen3VL
@@ -111,7 +112,15 @@ class Contrastive(nn.Module):
         sums["retrieval"] = (float(hit_I.sum()), float(len(hit_I)))
         sums["scale"] = (float(self.log_scale.detach().exp()), 1.0)
         sums["bias"] = (float(self.bias.detach()), 1.0)
-        return Outcome(nll_I.sum() / denominator, sums)
+        return Outcome(nll_I.sum() / denominator, sums, self._flops(pack))
+
+    def _flops(self, pack: CaptionPack) -> int:
+        """Tower, pool and text tower; the mergers and the language model are not run."""
+        vision, frames = self.model.config.vision, pack.batch.frame_lengths
+        assert vision is not None
+        forward = vision_flops(self.model.config, frames, with_mergers=False)
+        forward += pool_flops(vision.hidden_size, vision.intermediate_size, frames)
+        return 3 * (forward + text_tower_flops(self.text.config, len(pack.caption_ST)))
 
     def embed_pictures(self, batch: Batch) -> Tensor:
         """fp32 unit vectors, one a picture (I, C)."""

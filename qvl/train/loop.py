@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from qvl.core.log import JsonlWriter, log, read_jsonl
-from qvl.parallel.data_parallel import World, shard, total_norm
+from qvl.parallel.data_parallel import World, shard, sum_over_replicas, total_norm
+from qvl.train.blocks import blocks_as_told
 from qvl.train.checkpoint import newest, restore_optimizer, restore_weights, save_run
 from qvl.train.guard import SpikeGuard
-from qvl.train.metrics import averages, memory_bytes, peak_flops, step_flops
+from qvl.train.metrics import averages, memory_bytes, peak_flops, work
 from qvl.train.objective import Micro, Objective
 from qvl.train.optimizer import Optimizer, OptimizerConfig
 from qvl.train.parameters import freeze
@@ -34,6 +35,14 @@ class LoopConfig:
     spike_sigmas: float = 6.0
     seed: int = 0
     """Of dropout, which is drawn anew from seed, step and rank at each step, so that a resumed run draws the same."""
+    checkpoint_vision: bool = False
+    """Throw the activations inside the tower's blocks away and make them again in the backward pass: less memory, a third more work."""
+    checkpoint_decoder: bool = False
+    """The same for the decoder's layers."""
+    compile: bool = False
+    """Compile every block with torch.compile (a minute or more at the start); numbers change in the last digits."""
+    pack_tokens: int | None = None
+    """What a pack can hold, for `fill` in the log; None leaves it out."""
     peak_flops: float | None = None
     """Denominator of MFU a device, FLOP/s; None knows common GPUs and leaves it out elsewhere."""
 
@@ -63,10 +72,12 @@ class StepReport:
     step: int
     steps: int
     values: dict[str, float]
+    """The line in log.jsonl, and what watchers before this one found."""
     skipped: str | None
 
 
-Watcher = Callable[[StepReport], None]
+Watcher = Callable[[StepReport], Mapping[str, float] | None]
+"""Called after each step on every rank; numbers that it returns are shown to the watchers after it."""
 
 
 def fit(
@@ -89,12 +100,32 @@ def fit(
     `should_stop` is asked after each step (a person pressed Ctrl-C); the run is then saved and left. `settings` (JSON) and the config
     are kept in the checkpoint, and a resume under other ones is refused. Returns the step that was reached.
     """
+    with blocks_as_told(
+        objective.model,
+        checkpoint_vision=config.checkpoint_vision,
+        checkpoint_decoder=config.checkpoint_decoder,
+        compiled=config.compile,
+    ):
+        return _fit(objective, stream, config, out, world, watchers, stop_after, should_stop, settings or {})
+
+
+def _fit(
+    objective: Objective,
+    stream: Stream,
+    config: LoopConfig,
+    out: Path,
+    world: World,
+    watchers: Sequence[Watcher],
+    stop_after: int | None,
+    should_stop: Callable[[], bool],
+    settings: Mapping[str, Any],
+) -> int:
     assert isinstance(objective, nn.Module)
     freeze(objective.model, config.optimizer.rates)
     shard(objective.model, objective, world)
     optimizer = Optimizer(objective, config.optimizer)
     guard = SpikeGuard(sigmas=config.spike_sigmas)
-    kept = _settings(config, settings or {})
+    kept = _settings(config, settings)
     first = _resume(out, objective, optimizer, stream, guard, kept)
     rows = _log(out, first) if world.rank == 0 else None
     last = min(config.steps, stop_after or config.steps)
@@ -124,6 +155,7 @@ def fit(
             outcome.loss.backward()
             optimizer.gather()
             outcomes.append(outcome)
+        sum_over_replicas(optimizer.masters.values(), world)
         values = averages(outcomes, world)
         gradients = optimizer.gradients()
         norm = float(total_norm(gradients))
@@ -139,18 +171,16 @@ def fit(
             _note_skip(out, world, step, skipped, micros)
         step += 1
         seconds = time.perf_counter() - began
-        tokens = world.sum(float(sum(m.batch.num_tokens for m in micros)))
         values |= {
             "grad_norm": norm,
             "lr": config.optimizer.lr * factor,
-            "tokens": tokens,
-            "tokens_per_second": tokens / seconds,
+            **work(micros, seconds, config.pack_tokens, world),
             "seconds": seconds,
             "wait_for_data": (loaded - began) / seconds,
             "memory_gb": memory_bytes(world.device) / 1e9,
         }
-        if peak is not None:
-            values["mfu"] = step_flops(micros, objective.model.config) / seconds / peak
+        if peak is not None and all(outcome.flops for outcome in outcomes):
+            values["mfu"] = sum(outcome.flops for outcome in outcomes) / seconds / peak
         if rows is not None:
             rows.write({"step": step, **values, **({"skipped": skipped} if skipped else {})})
         if guard.in_a_row >= 3:
@@ -170,7 +200,7 @@ def fit(
             save_run(out, step, objective, optimizer, _state(stream, guard, kept), world, keep=config.keep)
             went_back = 0
         for watcher in watchers:
-            watcher(StepReport(step, config.steps, values, skipped))
+            values = values | dict(watcher(StepReport(step, config.steps, values, skipped)) or {})
         if is_stopped:
             break
     if rows is not None:
@@ -186,8 +216,10 @@ def _state(stream: Stream, guard: SpikeGuard, settings: dict[str, Any]) -> dict[
 def _settings(config: LoopConfig, others: Mapping[str, Any]) -> dict[str, Any]:
     """What decides the run's numbers, as JSON; not how often it is saved, nor how long it is."""
     own = asdict(config)
-    for name in ("checkpoint_every", "keep", "peak_flops"):
+    for name in ("checkpoint_every", "keep", "checkpoint_vision", "checkpoint_decoder", "pack_tokens", "peak_flops"):
         del own[name]
+    if not config.compile:  # runs from before there was a choice have no such key
+        del own["compile"]
     return json.loads(json.dumps(own | dict(others)))
 
 

@@ -1,5 +1,6 @@
 """How much each token weighs, and a cross-entropy that never holds all logits."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -7,9 +8,13 @@ import torch
 from torch import Tensor
 
 from qvl.core.batch import Batch
+from qvl.train.liger import liger_cross_entropy
 
 Denominator = Literal["weights", "samples"]
+LossKernel = Literal["ours", "liger"]
 CHUNK_BYTES = 256 * 2**20
+CACHE_BYTES = 4 * 2**20
+"""Of fp32 logits that are worked on at once on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -69,37 +74,37 @@ def linear_cross_entropy(
     """(sum_r weight_r * nll_r, nll_R without gradient), nll the cross-entropy of hidden @ head.T in fp32.
 
     Gradients are made chunk by chunk in the forward pass, so beside the gradients themselves only one chunk of logits (`chunk_bytes`)
-    ever exists: 0.25 GiB where 256K tokens of a 151,936 vocabulary would be 159 GB.
+    ever exists: 0.25 GiB where 256K tokens of a 151,936 vocabulary would be 159 GB in fp32.
     """
     loss, nll_R = _LinearCrossEntropy.apply(hidden_RD, head_VD, label_R, weight_R, chunk_bytes)  # type: ignore[misc]
     return loss, nll_R
 
 
+LOSS_KERNELS: dict[LossKernel, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "ours": linear_cross_entropy,
+    "liger": liger_cross_entropy,
+}
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_RD, head_VD, label_R, weight_R, chunk_bytes):
-        rows = max(1, chunk_bytes // (4 * head_VD.shape[0]))
+        rows = max(1, chunk_bytes // (head_VD.element_size() * head_VD.shape[0]))
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
+        wide = torch.promote_types(head_VD.dtype, torch.float32)
         dhidden_RD = torch.empty_like(hidden_RD) if needs_hidden else None
-        # fp32: bf16 would round the sum once a chunk
-        dhead_VD = torch.zeros_like(head_VD, dtype=torch.float32) if needs_head else None
-        nll_R = torch.empty_like(weight_R)
+        dhead_VD: Tensor | None = None
+        nll_R = torch.empty_like(weight_R, dtype=wide)
         for low in range(0, hidden_RD.shape[0], rows):
             part = slice(low, low + rows)
-            logits = (hidden_RD[part] @ head_VD.T).float()
-            log_sum = logits.logsumexp(dim=-1)
-            nll_R[part] = log_sum - logits.gather(1, label_R[part, None])[:, 0]
-            if not (needs_hidden or needs_head):
-                continue
-            grad = logits.sub_(log_sum[:, None]).exp_().mul_(weight_R[part, None])
-            grad.scatter_add_(1, label_R[part, None], -weight_R[part, None])
-            grad = grad.to(head_VD.dtype)
+            logits = hidden_RD[part] @ head_VD.T
+            nll_R[part] = _softmax_in_place(logits, label_R[part], weight_R[part], wide, chunk_bytes)
             if dhidden_RD is not None:
-                dhidden_RD[part] = grad @ head_VD
-            if dhead_VD is not None and head_VD.dtype == torch.float32:
-                dhead_VD.addmm_(grad.T, hidden_RD[part])
-            elif dhead_VD is not None:
-                dhead_VD += grad.T @ hidden_RD[part]
+                dhidden_RD[part] = logits @ head_VD
+            if needs_head:
+                dhead_VD = _add_product(dhead_VD, logits.T, hidden_RD[part], wide)
+        if needs_head and dhead_VD is None:  # no rows
+            dhead_VD = torch.zeros_like(head_VD)
         ctx.save_for_backward(dhidden_RD, None if dhead_VD is None else dhead_VD.to(head_VD.dtype))
         ctx.mark_non_differentiable(nll_R)
         return (nll_R * weight_R).sum(), nll_R
@@ -107,5 +112,36 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         dhidden_RD, dhead_VD = ctx.saved_tensors
-        scaled = (None if g is None else g * grads[0].to(g.dtype) for g in (dhidden_RD, dhead_VD))
+        # In place, which spares a second copy; torch refuses a second backward pass over the same graph.
+        scaled = (None if g is None else g.mul_(grads[0].to(g.dtype)) for g in (dhidden_RD, dhead_VD))
         return (*scaled, None, None, None)
+
+
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
+    """total + a @ b. From the second chunk on in fp32, because bf16 would round the sum once a chunk."""
+    if total is None:
+        return a @ b
+    if total.dtype != wide:
+        total = total.to(wide)
+    return total.addmm_(a, b) if a.dtype == wide else total.add_(a @ b)
+
+
+def _softmax_in_place(logits: Tensor, label: Tensor, weight: Tensor, wide: torch.dtype, chunk_bytes: int) -> Tensor:
+    """Turn the logits of one chunk into the gradient of its weighted loss; returns each row's -log softmax at its label.
+
+    A few rows at a time, so that on a CPU they stay in cache from the matmul's dtype to fp32 and back: 3.6 times as fast as whole
+    passes over 440 rows of 151,936 (one thread).
+    """
+    num_bytes = CACHE_BYTES if logits.device.type == "cpu" else chunk_bytes // 4
+    nlls = []
+    for few, label_few, weight_few in zip(
+        *(x.split(max(1, num_bytes // (4 * logits.shape[1]))) for x in (logits, label, weight)), strict=True
+    ):
+        value = few.to(wide)
+        highest, right = value.amax(dim=-1), value.gather(1, label_few[:, None])[:, 0]
+        probability = value.softmax(dim=-1)
+        # The highest probability is 1 / sum(exp(x - highest)) and at least 1 / V, so its log is safe where the label's would not be.
+        nlls.append(highest - probability.amax(dim=-1).log() - right)
+        probability.mul_(weight_few[:, None]).scatter_add_(1, label_few[:, None], -weight_few[:, None].to(wide))
+        few.copy_(probability)
+    return torch.cat(nlls)

@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 
-from qvl.model.config import ModelConfig
-from qvl.model.flops import forward_flops
 from qvl.parallel.data_parallel import World
 from qvl.train.objective import Micro, Outcome
 
@@ -33,13 +31,22 @@ def averages(outcomes: Sequence[Outcome], world: World) -> dict[str, float]:
     return {name: total / count for name, (total, count) in sorted(sums.items()) if count}
 
 
-def step_flops(micros: Sequence[Micro], config: ModelConfig) -> int:
-    """FLOPs of this rank's step: vision tower, decoder and head, forward and backward, as if no part were frozen."""
-    total = 0
-    for micro in micros:
-        targets = None if micro.batch.is_target_T is None else int(micro.batch.is_target_T.sum())
-        total += forward_flops(config, micro.batch.lengths, micro.batch.frame_lengths, num_logits=targets).training
-    return total
+def work(micros: Sequence[Micro], seconds: float, pack_tokens: int | None, world: World) -> dict[str, float]:
+    """What all ranks read in a step. The vision pre-stage has pictures and patches alone, language has tokens alone."""
+    batches = [micro.batch for micro in micros]
+    counts = (
+        len(batches),
+        sum(batch.num_tokens for batch in batches),
+        sum(len(batch.frame_lengths) for batch in batches),
+        sum(sum(batch.frame_lengths) for batch in batches),
+    )
+    total = world.sum_tensor(torch.tensor(counts, dtype=torch.float64, device=world.device))
+    packs, tokens, frames, patches = total.tolist()
+    values = {"tokens": tokens, "frames": frames, "patches": patches}
+    values |= {"tokens_per_second": tokens / seconds, "patches_per_second": patches / seconds}
+    if pack_tokens is not None:
+        values["fill"] = tokens / (packs * pack_tokens)
+    return values
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -59,13 +59,19 @@ def is_adapter(name: str) -> bool:
     return name.endswith((".lora_down", ".lora_up"))
 
 
+def _is_table(name: str) -> bool:
+    """Rows that each learn alone (embeddings, heads), and LoRA's factors. The patch embedding is a matrix in spite of its name: its 1,536
+    inputs move together, and at Muon's rates AdamW would turn its output over at every step (dev/LOG.md)."""
+    is_rows = ("embed" in name and "patch_embed" not in name) or "lm_head" in name or name == "head.weight"
+    return is_rows or is_adapter(name)
+
+
 def groups(model: nn.Module) -> list[Group]:
     """All trainable parameters, each once."""
     found: dict[tuple[Part, bool], list[str]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_table = "embed" in name or "lm_head" in name or is_adapter(name)
-            found.setdefault((part_of(name), parameter.ndim == 2 and not is_table), []).append(name)
+            found.setdefault((part_of(name), parameter.ndim == 2 and not _is_table(name)), []).append(name)
     if not found:
         raise ValueError("nothing is trainable: every part is frozen. Give at least one part a rate above 0.")
     return [Group(part, is_matrix, tuple(names)) for (part, is_matrix), names in found.items()]

@@ -1,0 +1,158 @@
+"""Dense labels for a vision tower: every patch says what it shows and where, through a linear head that is thrown away."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qvl.core.batch import Batch
+from qvl.model.qwen3vl import Qwen3VL
+from qvl.parallel.data_parallel import World
+from qvl.train.objective import Micro, Outcome
+
+BINS = 32
+"""A box edge is told as one of so many stretches of the picture."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseLabels:
+    """What the P patches of a pack show, in the pack's order (merge blocks)."""
+
+    thing_P: Tensor
+    written_P: Tensor
+    centre_P: Tensor
+    """bool, all three: a shape is here, a digit, an object's middle."""
+    colour_P: Tensor
+    shape_P: Tensor
+    """Of the shape, where one is."""
+    digit_P: Tensor
+    """Of the digit, where one is."""
+    box_P4: Tensor
+    """fp32 x1, y1, x2, y2 as parts of the frame, where an object is."""
+    mask_P44: Tensor
+    """bool: which of 4 x 4 cells an object covers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DensePack:
+    """Pictures and their labels; a Micro without tokens."""
+
+    batch: Batch
+    ids: tuple[str, ...]
+    categories: tuple[str, ...]
+    labels: DenseLabels
+
+
+class Dense(nn.Module):
+    """Cross-entropies of kind, colour, shape, digit, box edges, middle and mask at every patch of the tower's last block.
+
+    Ours: the published towers start from SigLIP-2, which has seen 40 billion examples (arXiv 2502.14786); a tiny tower that begins at
+    random learns no shapes from captions alone in a minute (dev/LOG.md). Colour and shape have heads of their own: no pair is named here.
+    """
+
+    weights: Mapping[str, float] = MappingProxyType(
+        {"kind": 1.0, "colour": 1.0, "shape": 1.0, "digit": 1.0, "box": 0.4, "centre": 0.6, "mask": 1.0}
+    )
+
+    def __init__(self, model: Qwen3VL, *, colours: int, shapes: int, digits: int = 10, seed: int = 0) -> None:
+        super().__init__()
+        vision = model.config.vision
+        if vision is None:
+            raise ValueError("this model is text-only; the vision pre-stage trains a vision tower.")
+        self.model = model
+        classes = {"kind": 3, "colour": colours, "shape": shapes, "digit": digits}
+        self.sizes = classes | {"box": 4 * BINS, "centre": 1, "mask": 16}
+        self.norm = nn.LayerNorm(vision.hidden_size, eps=1e-6)
+        self.norm.load_state_dict(model.visual.merger.norm.state_dict())  # type: ignore[union-attr]
+        self.head = nn.Linear(vision.hidden_size, sum(self.sizes.values()))
+        with torch.no_grad():
+            self.head.weight.normal_(0, 0.02, generator=torch.Generator().manual_seed(seed))
+            self.head.bias.zero_()
+
+    def measure(self, micro: Micro) -> float:
+        return float(len(_labelled(micro).labels.thing_P))
+
+    def forward(self, micro: Micro, denominator: float, world: World) -> Outcome:
+        pack = _labelled(micro)
+        said = self.read(pack.batch)
+        losses = patch_losses(said, pack.labels)
+        # Each head's mean over the patches that have its label; packs of a step and ranks weigh by their patches.
+        mean = sum((self.weights[name] * loss_R.mean() for name, loss_R in losses.items()), torch.zeros(()))
+        sums = {f"loss/{name}": (float(loss_R.detach().sum()), float(len(loss_R))) for name, loss_R in losses.items()}
+        sums |= {f"right/{name}": pair for name, pair in _hits(said, pack.labels).items()}
+        sums["loss"] = (float(mean.detach()), 1.0)
+        return Outcome(mean * (self.measure(micro) / denominator), sums)
+
+    def read(self, batch: Batch) -> dict[str, Tensor]:
+        """Each head's logits for every patch, fp32."""
+        assert batch.patch_PX is not None and batch.grid_I3 is not None
+        batch = batch.to(self.head.weight.device)
+        x_PC = self.model.visual.patch_states(batch.patch_PX, batch.grid_I3, batch.frame_lengths)  # type: ignore[arg-type]
+        logits = self.head(self.norm(x_PC)).float().split(list(self.sizes.values()), dim=-1)
+        return dict(zip(self.sizes, logits, strict=True))
+
+    @torch.no_grad()
+    def hand_over(self) -> None:
+        """Write the trained norm back into the model's merger, which begins with it. Call when V0 is done."""
+        self.model.visual.merger.norm.load_state_dict(self.norm.state_dict())  # type: ignore[union-attr]
+
+
+def patch_losses(said: Mapping[str, Tensor], labels: DenseLabels) -> dict[str, Tensor]:
+    """Each head's losses, one for each patch that has its label; heads without any patch are left out."""
+    thing_P, written_P = labels.thing_P, labels.written_P
+    object_P = thing_P | written_P
+    bins = (labels.box_P4[object_P] * BINS).long().clamp(max=BINS - 1).flatten()
+    yes_no = partial(F.binary_cross_entropy_with_logits, reduction="none")
+    losses = {
+        "kind": _nll(said["kind"], thing_P.long() + 2 * written_P.long()),
+        "colour": _nll(said["colour"][thing_P], labels.colour_P[thing_P]),
+        "shape": _nll(said["shape"][thing_P], labels.shape_P[thing_P]),
+        "digit": _nll(said["digit"][written_P], labels.digit_P[written_P]),
+        "box": _nll(said["box"][object_P].unflatten(-1, (4, BINS)).flatten(0, 1), bins),
+        "centre": yes_no(said["centre"][:, 0], labels.centre_P.float()),
+        "mask": yes_no(said["mask"], labels.mask_P44.flatten(1).float()).mean(dim=-1),
+    }
+    return {name: loss for name, loss in losses.items() if len(loss)}
+
+
+@torch.no_grad()
+def accuracy(objective: Dense, packs: Iterable[DensePack]) -> dict[str, float]:
+    """Share of patches whose colour, shape and digit are named right, over all packs."""
+    right: Counter[str] = Counter()
+    total: Counter[str] = Counter()
+    for pack in packs:
+        for name, (hits, count) in _hits(objective.read(pack.batch), pack.labels).items():
+            right[name] += int(hits)
+            total[name] += int(count)
+    return {name: right[name] / total[name] for name in total}
+
+
+def join(parts: Sequence[DenseLabels]) -> DenseLabels:
+    """Labels of several pictures, end to end."""
+    return DenseLabels(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(DenseLabels)})
+
+
+def _hits(said: Mapping[str, Tensor], labels: DenseLabels) -> dict[str, tuple[float, float]]:
+    """(patches named right, patches with that label) of each head that names."""
+    places = {"colour": labels.thing_P, "shape": labels.thing_P, "digit": labels.written_P}
+    truths = {"colour": labels.colour_P, "shape": labels.shape_P, "digit": labels.digit_P}
+    return {
+        name: (float((said[name][at].argmax(dim=-1) == truths[name][at]).sum()), float(at.sum()))
+        for name, at in places.items()
+        if bool(at.any())
+    }
+
+
+def _nll(logits: Tensor, label: Tensor) -> Tensor:
+    return F.cross_entropy(logits, label, reduction="none")
+
+
+def _labelled(micro: Micro) -> DensePack:
+    if not isinstance(micro, DensePack):
+        raise ValueError(f"a {type(micro).__name__} came; dense labels learn from DensePack.")
+    return micro

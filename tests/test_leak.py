@@ -1,0 +1,99 @@
+"""No leak and no order: neighbours, packing order and splits change nothing, also with blocks checkpointed or compiled."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from qvl.core.batch import Sample
+from qvl.model.pack import pack
+from qvl.model.qwen3vl import Qwen3VL
+from qvl.train.blocks import blocks_as_told
+from qvl.train.objective import NextToken
+from test_packing import NAMES, assert_same_gradients, distance, double, gradients, logits, random_sample
+from test_train import ALONE, Pack
+
+CHECKPOINTED = {
+    "vision checkpointed": (True, False, False),
+    "decoder checkpointed": (False, True, False),
+    "both checkpointed": (True, True, False),
+}
+COMPILED = {"compiled": (False, False, True), "compiled and checkpointed": (True, True, True)}
+
+
+def told(told: tuple[bool, bool, bool]) -> dict[str, bool]:
+    return dict(zip(("checkpoint_vision", "checkpoint_decoder", "compiled"), told, strict=True))
+
+
+def assert_no_leak(model: Qwen3VL) -> None:
+    before, sample, after, stranger = (random_sample(seed) for seed in (3, 9, 14, 21))
+    together = [before, sample, after]
+    expected_logits, expected = logits(model, together)[1], gradients(model, together, counted=[1])
+    assert expected_logits.requires_grad
+    for neighbours in ([stranger, sample, after], [before, sample, stranger], [sample]):
+        place = next(i for i, s in enumerate(neighbours) if s is sample)
+        assert distance(logits(model, neighbours)[place].detach(), expected_logits.detach()) <= 1e-6
+        assert_same_gradients(gradients(model, neighbours, counted=[place]), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("how", CHECKPOINTED)
+def test_changing_a_neighbour_leaves_a_samples_logits_and_gradients(name: str, how: str) -> None:
+    model = double(name)
+    with blocks_as_told(model, **told(CHECKPOINTED[how])):
+        assert_no_leak(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("how", COMPILED)
+def test_changing_a_neighbour_leaves_a_sample_alone_when_blocks_are_compiled(name: str, how: str) -> None:
+    model = double(name)
+    torch._dynamo.reset()  # pyright: ignore[reportPrivateImportUsage]
+    with blocks_as_told(model, **told(COMPILED[how])):
+        assert_no_leak(model)
+
+
+def marked(seed: int) -> Sample:
+    """Every second token is a target, from the third on; patches in the model's float64."""
+    sample = random_sample(seed)
+    is_target_T = torch.arange(sample.num_tokens) % 2 == 0
+    is_target_T[0] = False
+    patch_PX = None if sample.patch_PX is None else sample.patch_PX.double()
+    return replace(sample, is_target_T=is_target_T, patch_PX=patch_PX)
+
+
+def loss_and_gradients(model: Qwen3VL, packs: Sequence[Sequence[Sample]]) -> tuple[float, dict[str, Tensor]]:
+    objective = NextToken(model)
+    micros = [
+        Pack(pack(list(part), model.config), tuple("abcdefgh"[: len(part)]), ("x",) * len(part)) for part in packs
+    ]
+    total = sum(objective.measure(micro) for micro in micros)
+    model.zero_grad()
+    loss = 0.0
+    for micro in micros:
+        outcome = objective(micro, total, ALONE)
+        outcome.loss.backward()
+        loss += float(outcome.loss.detach())
+    return loss, {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("how", ["plain", "both checkpointed"])
+def test_loss_and_gradients_do_not_depend_on_order_nor_on_how_samples_are_split(how: str) -> None:
+    # Dense: a router's balance is meant to be that of the whole pack.
+    model = double("dense_tied")
+    samples = [marked(seed) for seed in (3, 8, 9, 14, 21, 30)]
+    loss, expected = loss_and_gradients(model, [samples])
+    draw = random.Random(1)
+    with blocks_as_told(model, **told(CHECKPOINTED.get(how, (False, False, False)))):
+        for sizes in ((6,), (6,), (3, 3), (1, 5), (2, 3, 1), (1,) * 6):
+            mixed, parts = draw.sample(samples, 6), []
+            for size in sizes:
+                parts.append(mixed[:size])
+                mixed = mixed[size:]
+            other, found = loss_and_gradients(model, parts)
+            assert other == pytest.approx(loss, rel=1e-6)
+            assert_same_gradients(found, expected)
