@@ -6,11 +6,12 @@ import pytest
 
 from qvl.commands import cli
 from qvl.model.config import preset
-from qvl.recipes.pretrain import SIZES, STAGES, cost, count_parameters, pack_flops, s0, s1
+from qvl.recipes.pretrain import SIZES, STAGES, cost, count_parameters, pack_flops, s0, s1, v0
 
 
 def test_budgets_and_lengths_are_those_of_table_1() -> None:
     table = {name: (stage().tokens, stage().pack_tokens) for name, stage in STAGES.items()}
+    assert table.pop("v0")[0] == 2 * 10**9 * (256 + 64), "ours: the report gives V0 no budget"
     assert table == {
         "s0": (67 * 10**9, 8192),
         "s1": (10**12, 8192),
@@ -25,6 +26,22 @@ def test_s0_trains_the_mergers_and_nothing_else() -> None:
     # four mergers (one and three of DeepStack) from 4 x 1152 to 4096: two matrices, their biases, a norm
     matrices = 4608 * 4608 + 4608 + 4608 * 4096 + 4096
     assert made.trained == 4 * matrices + 2 * 1152 + 3 * 2 * 4608
+
+
+def test_v0_trains_the_tower_and_its_helpers_and_counts_the_text_tower() -> None:
+    made = cost(v0(), "8B", devices=256, peak=1e15, mfu=0.4)
+    assert made.parameters.keys() == {"vision", "helpers"}
+    assert made.trained == sum(made.parameters.values())
+    # Gemma's 256,000 tokens at width 1152, 27 blocks as wide as the tower's: SigLIP-2's text half has more weights than its vision half
+    assert (
+        made.parameters["helpers"] > 256_000 * 1152 + 27 * (4 * 1152**2 + 2 * 1152 * 4304) > made.parameters["vision"]
+    )
+    stage = v0()
+    assert (stage.pictures, stage.steps, stage.packs_per_step) == (2 * 10**9, 61036, 256)
+    # six operations for each weight of a block and patch, or caption token; attention, pool and pair scores come on top
+    block = 27 * (4 * 1152**2 + 2 * 1152 * 4304)
+    rule_of_thumb = 6 * block * 128 * (1024 + 64)
+    assert rule_of_thumb < pack_flops(stage, preset("8B")) < 1.4 * rule_of_thumb
 
 
 @pytest.mark.parametrize("size", SIZES)

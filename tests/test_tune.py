@@ -21,7 +21,11 @@ from qvl.train.checkpoint import newest
 from tiny_checkpoint import tiny_checkpoint
 
 README = Path(__file__).parents[1] / "README.md"
-SMALL = "--steps 6 --lr 3e-3 --pack-tokens 512 --packs-per-step 1 --warmup-steps 1 --dtype float32 --checkpoint-every 3"
+SMALL = (
+    "--steps 6 --lr 3e-3 --pack-tokens 512 --packs-per-step 1 --warmup-steps 1 --dtype float32 --checkpoint-every 3 "
+    "--held-out-text prose.txt --max-text-loss 0"
+)
+ALONE = "--replay none"
 
 
 def readme_commands() -> list[list[str]]:
@@ -45,6 +49,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for talk in talks
     ]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "prose.txt").write_text("A text that is in no training data. " * 12)
     (tmp_path / "mine.yaml").write_text("sources:\n  - {path: shards, weight: 1.0}\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -58,7 +63,11 @@ def test_the_readmes_commands_train_export_and_answer(here: Path, capsys: pytest
     rows = read_jsonl(here / "run" / "log.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert rows[-1]["loss"] < rows[0]["loss"]
-    capsys.readouterr()
+    assert "before and after" in capsys.readouterr().out
+    report = json.loads((here / "run" / "report.json").read_text())
+    assert [row["step"] for row in report["rows"]] == [0, 2, 4, 6]
+    assert report["replay"][0]["share"] == 0.1, "a tenth is what the model wrote itself before the first step"
+    assert report["exported_step"] == 6 and report["stopped"] is None
     assert cli.main([*generate, "--max-tokens", "4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["num_input_tokens"] > 6
 
@@ -73,7 +82,7 @@ def test_lora_leaves_the_base_alone_and_writes_an_adapter_peft_can_read(here: Pa
     data_import, data_index, train, _ = readme_commands()
     assert cli.main(data_import) == 0
     assert cli.main(data_index) == 0
-    assert cli.main([*train, *SMALL.split(), "--lora-rank", "4"]) == 0
+    assert cli.main([*train, *SMALL.split(), *ALONE.split(), "--lora-rank", "4"]) == 0
     assert json.loads((here / "run" / "adapter" / "adapter_config.json").read_text())["r"] == 4
     before, after = load(here / "DIR", dtype=torch.bfloat16), load(here / "run" / "export", dtype=torch.bfloat16)
     changed = {
@@ -87,7 +96,10 @@ def test_two_ranks_export_what_they_trained(here: Path, extra: tuple[str, ...]) 
     data_import, data_index, train, _ = readme_commands()
     assert cli.main(data_import) == 0
     assert cli.main(data_index) == 0
-    short = SMALL.replace("--steps 6", "--steps 2").replace("--packs-per-step 1", "--packs-per-step 2").split()
+    short = (
+        SMALL.replace("--steps 6", "--steps 2").replace("--packs-per-step 1", "--packs-per-step 2").split()
+        + ALONE.split()
+    )
     ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
     qvl = str(Path(sys.executable).with_name("qvl"))
     done = subprocess.run([*ranks, qvl, *train, *short, *extra], capture_output=True, text=True, timeout=240)
@@ -104,7 +116,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(here: Path, capsys: pytest.Ca
     data_import, data_index, train, _ = readme_commands()
     assert cli.main(data_import) == 0
     assert cli.main(data_index) == 0
-    command = [sys.executable, "-m", "qvl", *train, *SMALL.replace("--steps 6", "--steps 400").split()]
+    command = [sys.executable, "-m", "qvl", *train, *SMALL.replace("--steps 6", "--steps 400").split(), *ALONE.split()]
     process = subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     log = here / "run" / "log.jsonl"
     while process.poll() is None and not (log.exists() and log.stat().st_size):
@@ -115,5 +127,5 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(here: Path, capsys: pytest.Ca
     assert "the same command goes on from there" in out
     steps = len(read_jsonl(log))
     assert list((here / "run").glob(f"step-{steps:08d}"))
-    assert cli.main([*train, *SMALL.replace("--steps 6", f"--steps {steps + 2}").split()]) == 0
+    assert cli.main([*train, *SMALL.replace("--steps 6", f"--steps {steps + 2}").split(), *ALONE.split()]) == 0
     assert [row["step"] for row in read_jsonl(log)] == list(range(1, steps + 3))

@@ -12,10 +12,10 @@ from qvl.recipes.pretrain import STAGES, cost
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Counts, not measurements: tokens, steps, FLOPs, days and memory of S0 to S3 (report Table 1) at a published size."""
+    """Counts, not measurements: tokens, steps, FLOPs, days and memory of V0 and S0 to S3 (report Table 1) at a published size."""
 
     size: Literal["2B", "4B", "8B", "32B", "30B-A3B", "235B-A22B"] = "8B"
-    stage: Literal["all", "s0", "s1", "s2", "s3"] = "all"
+    stage: Literal["all", "v0", "s0", "s1", "s2", "s3"] = "all"
     devices: int = 256
     peak_tflops: float = 989.0
     """Dense bf16 peak of one device; 989 is an H100's or H200's."""
@@ -40,6 +40,11 @@ def run(args: Plan) -> None:
         trained = ", ".join(f"{part} x{stage.rates.of(part):g}" for part in made.parameters if stage.rates.of(part) > 0)
         rows = {
             "trained": f"{trained}: {made.trained:,} of {sum(made.parameters.values()):,} parameters",
+            **(
+                {"pictures": f"{stage.pictures:,} with captions of {stage.caption_tokens} tokens"}
+                if stage.pictures
+                else {}
+            ),
             "tokens": f"{stage.tokens:,} in packs of {stage.pack_tokens:,}",
             "steps": f"{stage.steps:,} of {stage.tokens_per_step:,} tokens ({stage.packs_per_step:,} packs)",
             "mixture": ", ".join(f"{category} {share:.0%}" for category, share in stage.mixture.items()),

@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qvl.parallel.data_parallel import leave_world
-from qvl.recipes.tune import Tune, tune
+from qvl.recipes.text_guard import table_of
+from qvl.recipes.tune import Tune, Tuned, tune
 from qvl.train.loop import StepReport
 
 
@@ -16,6 +17,11 @@ from qvl.train.loop import StepReport
 class Train(Tune):
     """Continual pretraining or supervised fine-tuning, as the records' kinds say. Writes checkpoints and log.jsonl to --out, and at the end
     --out/export, a complete Hugging Face folder.
+
+    A tenth of the tokens is replay, by default texts and chats that the model writes itself before the first step, so that it keeps what
+    it could do (--replay, --replay-share). Held-out text and a part of your records are judged before, during and after (a table at the
+    end, --out/report.json); a run that loses text ability stops, exports its last good checkpoint and leaves with code 1
+    (--max-text-loss).
 
     Ctrl-C (or SIGTERM) finishes the step, saves, and leaves; the same command goes on from there. A second Ctrl-C leaves at once.
     On many devices: torchrun --no-python --nproc-per-node=8 qvl train ...
@@ -52,12 +58,23 @@ def run(args: Train) -> int:
             now = f"loss {report.values['loss']:.3f}  {report.values['tokens_per_second']:,.0f} tokens/s"
             progress.update(task, completed=report.step, now=report.skipped or now, visible=True)
 
-        folder = tune(args, [show], should_stop=lambda: stopper.is_asked)
-    code = 0
-    if folder is None:
-        print(f"stopped and saved in {args.out}; the same command goes on from there")
-        code = 130
-    else:
-        print(f"wrote {folder}" + (f" and {args.out / 'adapter'}" if args.lora_rank else ""))
+        tuned = tune(args, [show], should_stop=lambda: stopper.is_asked)
+    code = tell(args, tuned)
     leave_world(code)
     return code
+
+
+def tell(args: Train, tuned: Tuned | None) -> int:
+    """How the run ended, and its exit code."""
+    if tuned is None:
+        print(f"stopped and saved in {args.out}; the same command goes on from there")
+        return 130
+    Console().print(table_of(tuned.judgements))
+    if tuned.lost is not None:
+        print(tuned.lost)
+    if tuned.export is None:
+        print("no checkpoint lies before it, so nothing was exported")
+    else:
+        where = f"{tuned.export}" + (f" and {args.out / 'adapter'}" if args.lora_rank else "")
+        print(f"wrote {where}" + (f", the weights of step {tuned.step}" if tuned.lost else ""))
+    return 0 if tuned.lost is None else 1

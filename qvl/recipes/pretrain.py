@@ -5,9 +5,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from qvl.model.config import ModelConfig, preset
+from qvl.model.config import ModelConfig, VisionConfig, preset
 from qvl.model.flops import forward_flops, vision_flops
+from qvl.model.pool import AttentionPool
 from qvl.model.qwen3vl import Qwen3VL, empty_model
+from qvl.model.siglip_text import TextTower, TextTowerConfig
+from qvl.train.contrastive import V0_RATES
 from qvl.train.parameters import Part, Rates, part_of
 
 
@@ -19,11 +22,11 @@ class Stage:
     goal: str
     rates: Rates
     tokens: int
-    """Budget in tokens, text and visual (report Table 1)."""
+    """Budget in tokens, text and visual (report Table 1; of V0 ours)."""
     pack_tokens: int
     """Sequence length (report Table 1); packs are filled to it."""
     tokens_per_step: int
-    """Ours: 4M tokens a step, usual at this scale; the report gives no batch size."""
+    """Ours: from S0 on 4M tokens, usual at this scale; the report gives no batch size."""
     lr: float
     mixture: Mapping[str, float]
     """Share of tokens by the report's categories. The report names what grows and shrinks, no numbers: the shares are ours."""
@@ -31,6 +34,8 @@ class Stage:
     """Ours: part of the tokens that stand for patches, for the cost of the vision tower."""
     mean_length: int
     """Ours: mean tokens of a document inside a pack, for the cost of attention."""
+    caption_tokens: int = 0
+    """V0: of each caption, padding included. They are read by SigLIP-2's text tower; the language model is not run."""
     ours: tuple[str, ...] = field(default_factory=tuple)
 
     def __post_init__(self) -> None:
@@ -46,8 +51,43 @@ class Stage:
     def packs_per_step(self) -> int:
         return self.tokens_per_step // self.pack_tokens
 
+    @property
+    def pictures(self) -> int:
+        """V0: pairs of a picture and its caption; 0 in the stages that count tokens."""
+        return self.tokens // self.mean_length if self.caption_tokens else 0
+
 
 BATCH = 4 * 2**20
+PAIRS_PER_STEP = 32 * 2**10
+
+
+def v0() -> Stage:
+    """Vision pre-stage: SigLIP-2's tower goes on learning, CLIP-style, at the pictures' own sizes (report 1.2; 13, Table 11).
+
+    The report gives neither objective, data nor budget: every number here is ours. `qvl.train.contrastive` is the objective.
+    """
+    picture, caption = FRAME_PATCHES // 4, 64
+    pair = picture + caption
+    return Stage(
+        name="v0",
+        goal="see at any size",
+        rates=V0_RATES,
+        tokens=2 * 10**9 * pair,
+        pack_tokens=128 * pair,
+        tokens_per_step=PAIRS_PER_STEP * pair,
+        lr=1e-4,
+        mixture={"image captions": 1.0},
+        visual_share=picture / pair,
+        mean_length=pair,
+        caption_tokens=caption,
+        ours=(
+            "2 billion pairs: a twentieth of the 40 billion that SigLIP-2 saw, to get used to new sizes and not to learn to see anew",
+            "32,768 pairs a step as in SigLIP-2; a loss sees the pairs of one pack on every device, so 256 devices see them all",
+            "lr 1e-4: a tenth of SigLIP's peak",
+            "pictures of 256 visual tokens on average",
+            "once for each tower: 2B and 4B share one, the others the other",
+        ),
+    )
 
 
 def s0() -> Stage:
@@ -142,7 +182,7 @@ def s3() -> Stage:
     )
 
 
-STAGES = {"s0": s0, "s1": s1, "s2": s2, "s3": s3}
+STAGES = {"v0": v0, "s0": s0, "s1": s1, "s2": s2, "s3": s3}
 SIZES = ("2B", "4B", "8B", "32B", "30B-A3B", "235B-A22B")
 FRAME_PATCHES = 1024
 """Ours: a picture or frame of 512 x 512, for the cost of the tower's attention."""
@@ -170,6 +210,9 @@ def cost(stage: Stage, size: str, *, devices: int, peak: float, mfu: float) -> C
         )
     config = preset(size)
     parameters = count_parameters(config)
+    if stage.caption_tokens:  # neither mergers nor language take part, and a run need not hold them
+        del parameters["mergers"], parameters["language"]
+        parameters["helpers"] = count_helpers(config, stage.caption_tokens)
     trained = sum(count for part, count in parameters.items() if stage.rates.of(part) > 0)
     flops = pack_flops(stage, config) * stage.tokens / stage.pack_tokens
     return Cost(
@@ -189,12 +232,54 @@ def count_parameters(config: ModelConfig) -> dict[Part, int]:
     return counts
 
 
+def count_helpers(config: ModelConfig, caption_tokens: int) -> int:
+    """What V0 trains beside the tower: SigLIP-2's text tower and pooling head, a LayerNorm, scale and bias."""
+    vision = _vision(config)
+    with torch.device("meta"):
+        text = TextTower(siglip2_text(vision, caption_tokens))
+        pool = AttentionPool(vision.hidden_size, vision.intermediate_size, vision.num_heads)
+    return sum(p.numel() for p in (*text.parameters(), *pool.parameters())) + 2 * vision.hidden_size + 2
+
+
+def siglip2_text(vision: VisionConfig, caption_tokens: int) -> TextTowerConfig:
+    """SigLIP-2's text tower has the shape of its vision tower, and Gemma's vocabulary."""
+    return TextTowerConfig(
+        vocab_size=256_000,
+        hidden_size=vision.hidden_size,
+        intermediate_size=vision.intermediate_size,
+        num_layers=vision.depth,
+        num_heads=vision.num_heads,
+        projection_size=vision.hidden_size,
+        max_length=caption_tokens,
+    )
+
+
+def _vision(config: ModelConfig) -> VisionConfig:
+    assert config.vision is not None, "every published size has a tower"
+    return config.vision
+
+
+def pair_flops(stage: Stage, config: ModelConfig) -> float:
+    """One pack of V0, forward and backward: tower without mergers, pooling head, text tower, and the scores of all pairs of the step."""
+    vision, pictures = _vision(config), stage.pack_tokens // stage.mean_length
+    patches, width, joined = pictures * FRAME_PATCHES, vision.hidden_size, vision.hidden_size * vision.merge_area
+    mergers = (1 + len(vision.deepstack_visual_indexes)) * 2 * (patches // vision.merge_area)
+    tower = vision_flops(config, (FRAME_PATCHES,) * pictures) - mergers * joined * (joined + vision.out_hidden_size)
+    pool = 4 * patches * width * width
+    length, block = stage.caption_tokens, 4 * width * width + 2 * width * vision.intermediate_size
+    text = pictures * vision.depth * (2 * length * block + 4 * length * length * width)
+    scores = 2 * pictures * PAIRS_PER_STEP * width
+    return 3 * (tower + pool + text + scores)
+
+
 def pack_flops(stage: Stage, config: ModelConfig) -> float:
     """One pack, forward and backward.
 
     A part that learns costs three forwards. A frozen part that the gradient must pass (the language model in S0) costs two, a frozen part
     before all that learns (the tower in S0) one. Prompts and visual tokens have no loss, but their rows are left out of the head.
     """
+    if stage.caption_tokens:
+        return pair_flops(stage, config)
     whole, rest = divmod(stage.pack_tokens, stage.mean_length)
     lengths = (stage.mean_length,) * whole + ((rest,) if rest else ())
     visual = int(stage.pack_tokens * stage.visual_share)
@@ -208,14 +293,19 @@ def pack_flops(stage: Stage, config: ModelConfig) -> float:
 def memory(stage: Stage, config: ModelConfig, total: int, trained: int, devices: int) -> dict[str, int]:
     """bf16 weights, fp32 gradients, masters and two moments, sharded; activations of one pack with each layer recomputed."""
     text = config.text
-    layer = total // (text.num_hidden_layers + 2)
-    inner = text.moe.intermediate_size * text.moe.num_experts_per_tok if text.moe else text.intermediate_size
-    one_layer = stage.pack_tokens * (8 * text.hidden_size + 3 * inner) * 2
+    rows, width, depth = stage.pack_tokens, text.hidden_size, text.num_hidden_layers
+    inner = 3 * (text.moe.intermediate_size * text.moe.num_experts_per_tok if text.moe else text.intermediate_size)
+    last = {"head, one chunk": 2**28 + rows * width * 2}
+    if stage.caption_tokens:
+        vision, pictures = _vision(config), stage.pack_tokens // stage.mean_length
+        rows, width, depth = pictures * FRAME_PATCHES, vision.hidden_size, vision.depth
+        inner = 2 * vision.intermediate_size
+        last = {"pair scores": 3 * 4 * pictures * PAIRS_PER_STEP}
     return {
         "weights": 2 * total // devices,
         "gradients, masters, moments": 16 * trained // devices,
-        "one layer gathered": 2 * 2 * layer,
-        "kept activations": stage.pack_tokens * text.hidden_size * text.num_hidden_layers * 2,
-        "one layer's activations": one_layer,
-        "head, one chunk": 2**28 + stage.pack_tokens * text.hidden_size * 2,
+        "one layer gathered": 2 * 2 * (total // (depth + 2)),
+        "kept activations": rows * width * depth * 2,
+        "one layer's activations": rows * (8 * width + inner) * 2,
+        **last,
     }
