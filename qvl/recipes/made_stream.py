@@ -13,11 +13,17 @@ from torch import Tensor
 from qvl.core.batch import Batch, Sample
 from qvl.model.config import ModelConfig
 from qvl.model.pack import pack
+from qvl.parallel.data_parallel import World
 from qvl.prompt.processor import Processor
-from qvl.worlds.world import World
+from qvl.train.objective import Micro
+from qvl.worlds import world as worlds
+from qvl.worlds.world import Split
 
-Maker = Callable[[int], tuple[str, Sample]]
-"""Number of an example -> (its id, the sample)."""
+ALONE = World(0, 1, torch.device("cpu"))
+Maker = Callable[[int], tuple[str, Any]]
+"""Number of an example -> (its id, the sample or whatever `assemble` joins)."""
+Assemble = Callable[[list[Any], tuple[str, ...], tuple[str, ...], ModelConfig], Micro]
+"""(what the makers made, its ids, its categories, the model's config) -> one forward's worth."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +33,13 @@ class MadePack:
     categories: tuple[str, ...]
 
 
+def packed(samples: list[Sample], ids: tuple[str, ...], categories: tuple[str, ...], config: ModelConfig) -> MadePack:
+    return MadePack(pack(samples, config), ids, categories)
+
+
 class MadeStream:
-    """Each step draws `samples` examples, their kind by weight, and packs them into one Batch. The state is the step's number.
+    """Each step draws `samples` examples, their kind by weight, and joins them into one pack. The state is the step's number. Of several
+    ranks each makes its share of the same draw.
 
     Weights count samples, not tokens: the examples of a kind are about equally long. Files go through qvl.data.loader instead.
     """
@@ -41,18 +52,24 @@ class MadeStream:
         samples: int,
         seed: int,
         ahead: int = 2,
+        assemble: Assemble = packed,
+        ranks: World = ALONE,
     ) -> None:
         """`ahead` steps are made in a thread while the model trains; order and content do not depend on it."""
+        if samples < ranks.size:
+            raise ValueError(
+                f"{samples} samples a step cannot be shared by {ranks.size} ranks; give each at least one."
+            )
         self.names = tuple(makers)
         self.makers = tuple(maker for maker, _ in makers.values())
         weights = [weight for _, weight in makers.values()]
         self.shares = np.cumsum(weights) / sum(weights)
         self.config, self.samples, self.seed, self.step = config, samples, seed, 0
-        self._ahead = ahead
+        self._assemble, self._ahead, self._ranks = assemble, ahead, ranks
         self._pool = ThreadPoolExecutor(1)
-        self._waiting: deque[Future[MadePack]] = deque()
+        self._waiting: deque[Future[Micro]] = deque()
 
-    def next_step(self) -> Sequence[MadePack]:
+    def next_step(self) -> Sequence[Micro]:
         while len(self._waiting) <= self._ahead:
             self._waiting.append(self._pool.submit(self._make, self.step + len(self._waiting)))
         self.step += 1
@@ -70,35 +87,49 @@ class MadeStream:
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _make(self, step: int) -> MadePack:
+    def _make(self, step: int) -> Micro:
         random = np.random.Generator(np.random.Philox(key=np.array([self.seed, step], dtype=np.uint64)))
         kinds = np.searchsorted(self.shares, random.random(self.samples), side="right").clip(max=len(self.names) - 1)
-        made = [self.makers[kind](step * self.samples + place) for place, kind in enumerate(kinds)]
-        batch = pack([sample for _, sample in made], self.config)
-        return MadePack(batch, tuple(id for id, _ in made), tuple(self.names[kind] for kind in kinds))
+        mine = range(self._ranks.rank, self.samples, self._ranks.size)
+        made = [self.makers[kinds[place]](step * self.samples + place) for place in mine]
+        ids, categories = tuple(id for id, _ in made), tuple(self.names[kinds[place]] for place in mine)
+        return self._assemble([thing for _, thing in made], ids, categories, self.config)
 
 
-def of_world(world: World, processor: Processor, *, seed: int) -> Maker:
-    """The world's training split as conversations; what the assistant says is trained."""
+def of_world(world: worlds.World, processor: Processor, *, seed: int, split: Split = "train") -> Maker:
+    """The world's examples as conversations; what the assistant says is trained."""
 
     def make(index: int) -> tuple[str, Sample]:
-        example = world(seed, index, "train")
+        example = world(seed, index, split)
         encoded = processor(example.messages, add_generation_prompt=False, targets="all")
         return example.id, encoded.sample
 
     return make
 
 
-def of_text(token_T: Tensor, length: int, *, seed: int) -> Maker:
-    """Windows of `length` tokens anywhere in one long text; every token is trained."""
+def of_text(text: Tensor, length: int, *, seed: int) -> Maker:
+    """Windows of `length` tokens anywhere in one long text (its ids); every token is trained."""
 
-    if len(token_T) < length:
-        raise ValueError(f"the text has {len(token_T)} tokens, fewer than a window's {length}; give more text.")
+    if len(text) < length:
+        raise ValueError(f"the text has {len(text)} tokens, fewer than a window's {length}; give more text.")
 
     def make(index: int) -> tuple[str, Sample]:
         random = np.random.Generator(np.random.Philox(key=np.array([seed, index], dtype=np.uint64)))
-        start = int(random.integers(0, len(token_T) - length + 1))
-        window_T = token_T[start : start + length].clone()
+        start = int(random.integers(0, len(text) - length + 1))
+        window_T = text[start : start + length].clone()
         return f"text/{start}", Sample(token_T=window_T, is_target_T=torch.ones(length, dtype=torch.bool))
+
+    return make
+
+
+def of_repeats(text: Tensor, length: int, *, seed: int) -> Maker:
+    """Ids drawn one by one from a text, said twice: nothing but copying tells the second half, which is trained. Looking back for what
+    followed an id (induction heads, arXiv 2209.11895) forms sooner with them."""
+
+    def make(index: int) -> tuple[str, Sample]:
+        random = np.random.Generator(np.random.Philox(key=np.array([seed, index], dtype=np.uint64)))
+        half = text[torch.from_numpy(random.integers(0, len(text), size=length // 2))]
+        is_target_T = torch.arange(2 * len(half)) >= len(half)
+        return f"repeats/{index}", Sample(token_T=torch.cat([half, half]), is_target_T=is_target_T)
 
     return make

@@ -8,6 +8,7 @@ from qvl.worlds.world import World
 
 WORLDS: dict[str, Callable[..., World]] = {
     "shapes.name": shapes.name,
+    "shapes.shape": shapes.shape,
     "shapes.box": shapes.box,
     "shapes.count": shapes.count,
     "shapes.caption": shapes.caption,

@@ -14,7 +14,7 @@ from qvl.worlds.world import Plan, Prior, Split, World, belongs, combinations
 
 KEYS = ("anchor", "basket", "candle", "drum")
 """Few, because recall over many keys comes late and all at once; over four it comes soon."""
-VALUES = tuple(COLOURS)
+VALUES = (*COLOURS, "orange", "white", "black", "brown")
 
 
 def count_words(text: str) -> int:
@@ -25,32 +25,35 @@ def tagged(
     length: int = 2048,
     *,
     depth: float | None = None,
-    prose: Sequence[str] | None = None,
+    hay: "Hay | None" = None,
     measure: Callable[[str], int] = count_words,
     distractors: int = 8,
+    ask_all: bool = False,
 ) -> World:
     """The colour behind one of four tags, each of which is set once; `distractors` sentences name colours without a tag.
 
     The text is at least `length` long by `measure`: words, of which any tokenizer makes at least as many tokens, or the tokens of your
-    own tokenizer. `depth` says where the needle stands, 0 at the start and 1 at the end; without it, anywhere. `prose` is real text to
-    hide it in, cut into sentences; without it, sentences are made up. A sentence of the prose is shown in one split only.
+    own tokenizer. `depth` says where the needle stands, 0 at the start and 1 at the end; without it, anywhere. `hay` is real prose to
+    hide it in, measured in its own way; without it, sentences are made up. `ask_all` goes on to ask for the other tags in later turns.
     """
     if length < 32:
         raise ValueError(f"length is {length}; give at least 32, which holds the four tags.")
     if depth is not None and not 0 <= depth <= 1:
         raise ValueError(f"depth is {depth}; it goes from 0, the start, to 1, the end.")
-    hay = _Hay(prose, measure) if prose is not None else None
+    if hay is not None:
+        measure = hay.measure
     size_of = cache(measure)
 
     def plan(random: Generator, split: Split) -> Plan:
         pairs = combinations(len(KEYS), len(VALUES), split)
         asked, value = pairs[random.integers(len(pairs))]
-        facts = [f"The {KEYS[asked]} tag is {VALUES[value]}."]
         known = combinations(len(KEYS), len(VALUES), "train")
+        said = {asked: value}
         for other in range(len(KEYS)):
             if other != asked:
                 values = [v for k, v in known if k == other]
-                facts.append(f"The {KEYS[other]} tag is {VALUES[values[random.integers(len(values))]]}.")
+                said[other] = values[random.integers(len(values))]
+        facts = [fact(key, value) for key, value in said.items()]
         facts += [_untagged(random) for _ in range(distractors)]
         sentences: list[str] = []
         size = sum(map(size_of, facts))
@@ -70,15 +73,31 @@ def tagged(
             "depth": text.index(facts[0]) / (len(text) - len(facts[0])),
             "length": size,
         }
+        rest = random.permutation(list(said)[1:]).tolist() if ask_all else []
         return Plan(
-            question=question(KEYS[asked]), answer=answer, truth=truth, scorer="exact", facts=text, splits_by=None
+            question=question(KEYS[asked]),
+            answer=pair(asked, value),
+            truth=truth,
+            scorer="contains",
+            facts=text,
+            splits_by=None,
+            follow_ups=tuple((question(KEYS[key]), pair(key, said[key])) for key in rest),
         )
 
     return World(name=f"needle{length}", category="long_text", plan=plan, show=_show, find_prior=prior)
 
 
 def question(key: str) -> str:
-    return f"What colour is the {key} tag?"
+    return f"Which colour is tagged {key}?"
+
+
+def pair(key: int, value: int) -> str:
+    """Key and colour side by side, in the text and in the answer: who has said the key finds what stood behind it."""
+    return f"{KEYS[key]} {VALUES[value]}"
+
+
+def fact(key: int, value: int) -> str:
+    return f"Tag {pair(key, value)}."
 
 
 def prior() -> Prior:
@@ -90,10 +109,11 @@ def prior() -> Prior:
     return Prior(answer=VALUES[best], score=shares[best], nats=sum(nats) / len(nats))
 
 
-class _Hay:
-    """Sentences of given prose, by split."""
+class Hay:
+    """Sentences of given prose. Each is shown in one split only."""
 
-    def __init__(self, prose: Sequence[str], measure: Callable[[str], int]) -> None:
+    def __init__(self, prose: Sequence[str], measure: Callable[[str], int] = count_words) -> None:
+        self.measure = measure
         taken = re.compile(rf"\b(?:{'|'.join(KEYS)})\b", re.IGNORECASE)
         cut = {" ".join(s.split()) for text in prose for s in re.split(r"(?<=[.!?])\s+|\n\s*\n", text)}
         sentences = sorted(s for s in cut if s and not taken.search(s) and measure(s) <= 100)

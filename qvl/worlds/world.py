@@ -50,6 +50,8 @@ class Plan:
     """What is to be shown."""
     splits_by: str | None
     """The scene as text, whose checksum decides its split; None where the world keeps its splits apart itself."""
+    follow_ups: tuple[tuple[str, str], ...] = ()
+    """Further questions about the same evidence with their answers, asked in later turns: more to learn from one picture or text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +82,11 @@ class World:
         return Example(
             id=f"{self.name}/{split}/{seed}/{index}",
             category=self.category,
-            messages=(user(*self.show(plan.facts, random), plan.question), assistant(plan.answer)),
+            messages=(
+                user(*self.show(plan.facts, random), plan.question),
+                assistant(plan.answer),
+                *(turn for q, a in plan.follow_ups for turn in (user(q), assistant(a))),
+            ),
             answer=plan.answer,
             truth=plan.truth,
             scorer=plan.scorer,

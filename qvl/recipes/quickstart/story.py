@@ -1,20 +1,34 @@
-"""What every chapter shares: the folder, the tokenizer and network as they stand, and the promises kept or broken."""
+"""What every chapter shares: its length, the pupil as it stands, one way to teach, and the promises kept or broken."""
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
+import torch
 from rich.console import Console
+from torch import Tensor
 
 from qvl.engine.generate import generate
 from qvl.engine.sampling import Sampling
 from qvl.model.qwen3vl import Qwen3VL
+from qvl.parallel.data_parallel import World as Ranks
 from qvl.prompt.processor import Processor
+from qvl.prompt.tokenizer import Tokenizer
+from qvl.recipes.made_stream import ALONE, Assemble, MadeStream, Maker, packed
+from qvl.recipes.quickstart.checkpoint import write_checkpoint
 from qvl.scoring.registry import score
-from qvl.worlds.world import Example, World, blind
+from qvl.train.loop import LoopConfig, StepReport, Watcher, fit
+from qvl.train.objective import Objective
+from qvl.train.optimizer import OptimizerConfig
+from qvl.train.parameters import Rates
+from qvl.train.schedule import Schedule
+from qvl.worlds.needle import Hay
+from qvl.worlds.world import Example, Split, World, blind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +60,90 @@ class Skill:
         return "kept" if self.keeps_promise and self.holds else "above the floor" if self.holds else "BROKEN"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How long the chapters train, in steps, and how many questions judge a skill."""
+
+    name: Literal["quickstart", "story"]
+    language: int
+    vision: int
+    connect: int
+    see: int
+    watch: int
+    remember: tuple[int, int]
+    """S3's longest text in tokens, and its steps."""
+    questions: int
+
+    def promise(self, quick: float, story: float) -> float:
+        """The longer story promises more."""
+        return quick if self.name == "quickstart" else story
+
+
+QUICK = Size(
+    name="quickstart",
+    language=600,
+    vision=1600,
+    connect=100,
+    see=1050,
+    watch=280,
+    remember=(2048, 130),
+    questions=160,
+)
+LONG = Size(
+    name="story",
+    language=3000,
+    vision=8000,
+    connect=400,
+    see=7000,
+    watch=2500,
+    remember=(4096, 1000),
+    questions=400,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """One stretch of training. Rates and batch are ours, found by trial at this size (dev/LOG.md)."""
+
+    name: str
+    steps: int
+    samples: int
+    lr: float
+    rates: Rates = field(default_factory=Rates)
+    decay_part: float = 0.4
+
+
+@dataclass(kw_only=True, eq=False)
+class Pupil:
+    """The model as it stands, and the prose it reads: real text, a twentieth of which is held out."""
+
+    model: Qwen3VL
+    processor: Processor
+    prose: Sequence[str]
+    held_out: Sequence[str]
+
+    @cached_property
+    def hay(self) -> Hay:
+        """A third of a megabyte of the prose, in sentences measured by the pupil's own tokenizer."""
+        size_of = self.processor.tokenizer.encode_text
+        return Hay(["\n\n".join(self.prose)[:300_000]], lambda text: len(size_of(text)))
+
+    @cached_property
+    def prose_T(self) -> Tensor:
+        return torch.tensor(self.processor.tokenizer.encode_text("\n\n".join(self.prose)))
+
+
 @dataclass
 class Story:
     work: Path
+    size: Size = QUICK
+    seed: int = 0
+    ranks: Ranks = ALONE
+    """Ranks share each step's examples and the questions of each exam; the first one speaks and writes."""
     console: Console = field(default_factory=Console)
     skills: list[Skill] = field(default_factory=list)
+    curves: dict[str, Path] = field(default_factory=dict)
+    """Lesson -> its log.jsonl."""
     began: float = field(default_factory=time.perf_counter)
 
     @contextmanager
@@ -59,6 +152,79 @@ class Story:
         self.console.print(f"\n[bold]{title}[/bold]\n[dim]{why}[/dim]")
         yield
         self.console.print(f"[dim]{time.perf_counter() - start:.1f} s[/dim]")
+
+    @property
+    def speaks(self) -> bool:
+        return self.ranks.rank == 0
+
+    def teach(
+        self,
+        objective: Objective,
+        makers: Mapping[str, tuple[Maker, float]],
+        lesson: Lesson,
+        *,
+        seed: int,
+        assemble: Assemble = packed,
+    ) -> float:
+        """Runs the one loop over what the makers make; returns seconds."""
+        start = time.perf_counter()
+        stream = MadeStream(
+            makers,
+            objective.model.config,
+            samples=lesson.samples,
+            seed=self.seed + seed,
+            assemble=assemble,
+            ranks=self.ranks,
+        )
+        config = LoopConfig(
+            steps=lesson.steps,
+            optimizer=OptimizerConfig(
+                name="muon",
+                lr=lesson.lr,
+                weight_decay=0.02,
+                rates=lesson.rates,
+            ),
+            schedule=Schedule(kind="wsd", warmup_steps=20, decay_part=lesson.decay_part, final=0.05),
+            seed=self.seed,
+        )
+        out = self.work / "lessons" / lesson.name
+        self.curves[lesson.name] = out / "log.jsonl"
+        try:
+            fit(objective, stream, config, out, self.ranks, watchers=[self._telling(lesson)])
+        finally:
+            stream.close()
+        return time.perf_counter() - start
+
+    def _telling(self, lesson: Lesson) -> Watcher:
+        every = max(1, lesson.steps // 12)
+
+        def watch(report: StepReport) -> None:
+            if report.step % every and report.step != report.steps:
+                return
+            values = report.values
+            losses = "  ".join(f"{k.removeprefix('loss/')} {v:.2f}" for k, v in values.items() if k.startswith("loss/"))
+            speed = lesson.samples / values["seconds"]
+            self.console.print(
+                f"[dim]{lesson.name} {report.step:4}/{report.steps}  {losses}  {speed:,.0f} samples/s[/dim]",
+                soft_wrap=True,
+            )
+
+        return watch
+
+    def ask(self, pupil: Pupil, world: World, *, split: Split = "heldout") -> tuple[float, float]:
+        """(mean score, blind mean score) of greedy answers on examples that no lesson has shown."""
+        examples = self.examples(world, split)
+        return self.mean_score(pupil, examples), self.mean_score(pupil, blind(examples))
+
+    def examples(self, world: World, split: Split) -> list[Example]:
+        return [world(HELD_OUT_SEED, i, split) for i in range(self.size.questions)]
+
+    def mean_score(self, pupil: Pupil, examples: Sequence[Example]) -> float:
+        """Over all examples; each rank answers its share."""
+        mine = examples[self.ranks.rank :: self.ranks.size]
+        said = answers(pupil.model, pupil.processor, mine)
+        total = sum(score(e.scorer, text, e.truth) for e, text in zip(mine, said, strict=True))
+        return self.ranks.sum(total) / len(examples)
 
     def note(self, skill: Skill) -> None:
         """Keep and print one measured promise."""
@@ -76,30 +242,39 @@ class Story:
             f"[{colour}]{skill.verdict}[/{colour}]"
         )
 
+    def save(self, folder: Path, model: Qwen3VL, tokenizer: Tokenizer) -> None:
+        """The model as a Hugging Face folder, once for all ranks."""
+        if self.speaks:
+            write_checkpoint(folder, model, tokenizer)
+        self.ranks.barrier()
+
     def write_report(self) -> Path:
         """report.json: one entry for each promise."""
         path = self.work / "report.json"
+        if not self.speaks:
+            return path
         chapters = [asdict(s) | {"verdict": s.verdict} for s in self.skills]
-        path.write_text(
-            json.dumps({"chapters": chapters, "seconds": time.perf_counter() - self.began}, indent=2) + "\n"
-        )
+        facts = {"size": self.size.name, "seed": self.seed, "seconds": time.perf_counter() - self.began}
+        path.write_text(json.dumps({"chapters": chapters, **facts}, indent=2) + "\n")
         return path
 
 
-def judge(model: Qwen3VL, processor: Processor, world: World, *, count: int, seed: int) -> tuple[float, float]:
-    """(mean score, blind mean score) of greedy answers on the world's held-out split."""
-    examples = [world(seed, i, "heldout") for i in range(count)]
-    return tuple(mean_score(model, processor, group) for group in (examples, blind(examples)))  # type: ignore[return-value]
+HELD_OUT_SEED = 4242
 
 
-def mean_score(model: Qwen3VL, processor: Processor, examples: Sequence[Example], *, max_tokens: int = 48) -> float:
+def answers(model: Qwen3VL, processor: Processor, examples: Sequence[Example], *, max_tokens: int = 48) -> list[str]:
+    """Greedy answers to the examples' first questions."""
     tokenizer = processor.tokenizer
-    answers = generate(
-        model,
-        [processor(example.messages[:1]).sample for example in examples],
-        Sampling(temperature=0, max_tokens=max_tokens),
-        end_tokens=frozenset({tokenizer.control_id("<|im_end|>")}),
-        text_stream=lambda: tokenizer.stream(skip_special=True),
-    )
-    scores = [score(e.scorer, a.text, e.truth) for e, a in zip(examples, answers, strict=True)]
-    return sum(scores) / len(scores)
+    made: list[str] = []
+    for low in range(0, len(examples), 32):  # so many at once that their keys and values stay in cache
+        made += [
+            answer.text
+            for answer in generate(
+                model,
+                [processor(example.messages[:1]).sample for example in examples[low : low + 32]],
+                Sampling(temperature=0, max_tokens=max_tokens),
+                end_tokens=frozenset({tokenizer.control_id("<|im_end|>")}),
+                text_stream=lambda: tokenizer.stream(skip_special=True),
+            )
+        ]
+    return made

@@ -8,7 +8,11 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 from qvl.prompt.control import QWEN3_VL_CONTROL
+from qvl.prompt.message import Text
 from qvl.prompt.tokenizer import ControlToken, Tokenizer, byte_letters, describe
+from qvl.worlds.catalogue import WORLDS, world
+
+EACH = 300
 
 
 def train_tokenizer(texts: Sequence[str], *, size: int = 1024) -> Tokenizer:
@@ -29,3 +33,16 @@ def train_tokenizer(texts: Sequence[str], *, size: int = 1024) -> Tokenizer:
         for i, (name, special) in enumerate(QWEN3_VL_CONTROL.items())
     ]
     return Tokenizer(describe(trained["vocab"], merges, added), eos="<|im_end|>", pad="<|endoftext|>")
+
+
+def spoken() -> list[str]:
+    """What is asked, answered and told in the worlds, so that their words become single tokens."""
+    said: list[str] = []
+    for name in WORLDS:
+        made = world(name, length=64) if name == "needle" else world(name)
+        for i in range(EACH):
+            plan = made.planned(1, i)
+            said.append(f"user\n{plan.question}\nassistant\n{plan.answer}\n")
+            if made.category in ("text", "long_text"):
+                said += [p.text for p in made(1, i).messages[0].parts if isinstance(p, Text)]
+    return said

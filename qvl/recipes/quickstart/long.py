@@ -1,0 +1,62 @@
+"""Chapter S3: a tagged fact anywhere in a long text, with the earlier skills kept."""
+
+from qvl.eval.language import bits_per_byte
+from qvl.recipes.made_stream import of_world
+from qvl.recipes.quickstart.language import hay, judged_prose, replay
+from qvl.recipes.quickstart.pictures import asked
+from qvl.recipes.quickstart.story import HELD_OUT_SEED, Lesson, Pupil, Skill, Story
+from qvl.train.objective import NextToken
+from qvl.train.parameters import Rates
+from qvl.worlds import clips
+from qvl.worlds.world import blind
+
+DEPTHS = tuple(i / 7 for i in range(8))
+
+
+def remember(story: Story, pupil: Pupil, *, before: float) -> None:
+    """S3 (report 3.1): the longest samples, half of the tokens. `before`: bits a byte of the prose before S0."""
+    longest, steps = story.size.remember
+    makers = asked(story, pupil, 0.55)
+    makers["clips.appear"] = (of_world(clips.appear(), pupil.processor, seed=story.seed + 2), 0.1)
+    for kind, (maker, share) in replay(story, pupil).items():
+        makers[kind] = (maker, share / 33)
+    for part in (8, 4, 2, 1):
+        # Shares count samples, and a long needle is as long as dozens of pictures.
+        world = hay(pupil, longest // part, ask_all=True)
+        makers[f"needle{longest // part}"] = (of_world(world, pupil.processor, seed=story.seed + 3), 0.02 * part)
+    lesson = Lesson(name="S3", steps=steps, samples=24, lr=8e-4, rates=Rates(vision=0.3))
+    seconds = story.teach(NextToken(pupil.model), makers, lesson, seed=40)
+    got, without, constant = find(story, pupil, longest)
+    story.note(
+        Skill(
+            chapter="S3",
+            skill=f"tagged needle in {longest:,} tokens, 8 depths",
+            floor=0.75,
+            promise=story.size.promise(0.90, 0.95),
+            got=got,
+            blind=without,
+            constant=constant,
+            seconds=seconds,
+        )
+    )
+    after = bits_per_byte(pupil.model, pupil.processor.tokenizer, judged_prose(pupil))
+    story.note(
+        Skill(
+            chapter="S3",
+            skill=f"text kept: bits a byte of held-out prose, after S3 ({after:.3f}) over before S0 ({before:.3f})",
+            floor=1.05,
+            promise=story.size.promise(1.03, 1.02),
+            got=after / before,
+            seconds=seconds,
+            is_less_better=True,
+        )
+    )
+
+
+def find(story: Story, pupil: Pupil, length: int) -> tuple[float, float, float]:
+    """(score, blind score, constant score), each depth as often as the others."""
+    each = max(6, story.size.questions // 20)
+    worlds = [hay(pupil, length, depth=depth) for depth in DEPTHS]
+    examples = [world(HELD_OUT_SEED, i, "heldout") for world in worlds for i in range(each)]
+    got, without = (story.mean_score(pupil, group) for group in (examples, blind(examples)))
+    return got, without, hay(pupil, length).prior.score

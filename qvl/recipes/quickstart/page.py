@@ -1,0 +1,117 @@
+"""The story as a page: promises, curves, and held-out pictures with what the model said of them. Written anew after each chapter."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image as Raster
+
+from qvl.core.log import read_jsonl
+from qvl.prompt.coordinates import read_boxes
+from qvl.prompt.message import Image, Video
+from qvl.recipes.quickstart.story import HELD_OUT_SEED, Pupil, Skill, Story, answers
+from qvl.scoring.registry import score
+from qvl.show.curves import Line, Plot
+from qvl.show.draw import draw_places
+from qvl.show.page import Html, figure, page, section, table, tag, text
+from qvl.worlds.world import Example, World
+
+EACH = 4
+"""Pictures of each world."""
+ACROSS = 4
+"""Frames in a row, every second one of a clip."""
+
+
+def write_page(story: Story, pictures: dict[str, World], pupil: Pupil | None = None) -> Path:
+    """index.html in the story's folder. Without a pupil that sees, the pictures stand there with their questions alone."""
+    path = story.work / "index.html"
+    if not story.speaks:
+        return path
+    body = [
+        section("Promises", promises(story.skills)) if story.skills else "",
+        section("Held-out pictures", gallery(pictures, pupil)),
+        section(
+            "Learning", *(figure(Html(curve(name, log).svg())) for name, log in story.curves.items() if log.is_file())
+        ),
+    ]
+    lead = f"{story.size.name}, seed {story.seed}: one package from a tokenizer to a model that sees, on a CPU."
+    aside = path.with_suffix(".partial")
+    aside.write_text(page("The story of a small Qwen3-VL", [part for part in body if part], lead=lead, style=STYLE))
+    aside.replace(path)
+    return path
+
+
+STYLE = """
+.sheet{display:grid;grid-template-columns:repeat(auto-fill,minmax(11rem,1fr));gap:1rem}
+.sheet figure{margin:0}.sheet img{width:100%;image-rendering:pixelated}
+.right{color:#1a7f37}.wrong{color:#c62828}
+@media(prefers-color-scheme:dark){.right{color:#66bb6a}.wrong{color:#ef9a9a}}
+"""
+
+
+def promises(skills: Sequence[Skill]) -> Html:
+    header = ("chapter", "skill", "got", "promise", "floor", "blind", "constant", "", "seconds")
+    rows = [
+        (
+            s.chapter,
+            s.skill,
+            *(f"{value:.3f}" for value in (s.got, s.promise, s.floor)),
+            "" if s.blind is None else f"{s.blind:.3f}",
+            "" if s.constant is None else f"{s.constant:.3f}",
+            s.verdict,
+            round(s.seconds),
+        )
+        for s in skills
+    ]
+    return table(header, rows)
+
+
+def curve(name: str, log: Path) -> Plot:
+    """Each category's loss, smoothed over a twentieth of the lesson."""
+    rows = list(read_jsonl(log))
+    width = max(1, len(rows) // 20)
+    names = sorted({key for row in rows for key in row if key.startswith("loss/")})
+    lines = []
+    for key in names:
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        x = [points[i][0] for i in range(0, len(points), width)]
+        parts = [[value for _, value in points[i : i + width]] for i in range(0, len(points), width)]
+        lines.append(Line(name=key.removeprefix("loss/"), x=x, y=[sum(part) / len(part) for part in parts]))
+    return Plot(lines=lines, title=name, x_label="step", y_label="nats a token")
+
+
+def gallery(pictures: dict[str, World], pupil: Pupil | None) -> Html:
+    """Held-out examples of each world; with a pupil, its answers: boxes drawn, right and wrong marked."""
+    cards = []
+    for world in pictures.values():
+        examples = [world(HELD_OUT_SEED, i, "heldout") for i in range(EACH)]
+        said = answers(pupil.model, pupil.processor, examples) if pupil else [None] * len(examples)
+        cards += [card(example, answer) for example, answer in zip(examples, said, strict=True)]
+    return tag("div", *cards, class_="sheet")
+
+
+def card(example: Example, answer: str | None) -> Html:
+    question = example.messages[0].text
+    shown = picture_of(example, answer)
+    if answer is None:
+        return figure(shown, f"{question}", alt=question)
+    got = score(example.scorer, answer, example.truth)
+    verdict = tag("span", f"{answer} ", class_="right" if got >= 0.5 else "wrong")
+    beside = "" if got == 1 else f"(right: {example.answer}; score {got:.2f})"
+    return tag("figure", figure(shown, alt=question), tag("figcaption", text(question), verdict, beside))
+
+
+def picture_of(example: Example, answer: str | None) -> Raster.Image:
+    """The example's picture with the boxes of the answer, or a sheet of its frames."""
+    part = next(p for p in example.messages[0].parts if isinstance(p, Image | Video))
+    if isinstance(part, Video):
+        frames = [frame for frame in part.source if isinstance(frame, Raster.Image)][::2]
+        side = frames[0].width
+        sheet = Raster.new("RGB", (ACROSS * (side + 2), -(-len(frames) // ACROSS) * (side + 2)), "white")
+        for i, frame in enumerate(frames):
+            sheet.paste(frame, (i % ACROSS * (side + 2), i // ACROSS * (side + 2)))
+        return sheet
+    assert isinstance(part.source, Raster.Image)
+    enlarged = part.source.resize((part.source.width * 3, part.source.height * 3), Raster.Resampling.NEAREST)
+    if answer is None or example.scorer != "iou":
+        return enlarged
+    return draw_places(enlarged, read_boxes(answer).to_pixels(*enlarged.size))

@@ -1,0 +1,234 @@
+"""The story's rooms: patch labels, the dense objective, made streams, promises and the page."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from qvl.model.config import preset
+from qvl.model.qwen3vl import new_model
+from qvl.parallel.data_parallel import World as Ranks
+from qvl.prompt.processor import Processor
+from qvl.recipes.made_stream import MadeStream, of_repeats, of_text, of_world
+from qvl.recipes.quickstart.checkpoint import write_checkpoint
+from qvl.recipes.quickstart.language import small_model
+from qvl.recipes.quickstart.page import write_page
+from qvl.recipes.quickstart.pictures import worlds
+from qvl.recipes.quickstart.story import QUICK, Pupil, Skill, Story
+from qvl.recipes.quickstart.vision import labelled, labelled_pack, merge_order
+from qvl.recipes.quickstart.vocabulary import spoken, train_tokenizer
+from qvl.train.dense import Dense, accuracy, patch_losses
+from qvl.worlds import clips, digits, needle, shapes
+from qvl.worlds.labels import patch_labels
+from qvl.worlds.paint import SHAPES
+from qvl.worlds.shapes import NAMES, Thing
+from qvl.worlds.world import Example
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+SQUARE = Thing(colour="blue", shape="square", texture="filled", x=250, y=500, side=500)
+
+
+@pytest.fixture(scope="module")
+def pupil(tmp_path_factory: pytest.TempPathFactory) -> Pupil:
+    folder = tmp_path_factory.mktemp("story") / "checkpoint"
+    prose = [f"Chapter {n}. The number {n} stands here, and {n + 1} comes next." for n in range(400)]
+    tokenizer = train_tokenizer([*prose, *spoken()[:500]], size=700)
+    model = small_model(tokenizer)
+    write_checkpoint(folder, model, tokenizer)
+    return Pupil(model=model, processor=Processor.from_folder(folder), prose=prose, held_out=prose[:2])
+
+
+# ---- labels -------------------------------------------------------------------------------------------------------
+
+
+def test_a_square_in_the_lower_middle_labels_the_four_patches_it_fills() -> None:
+    labels = patch_labels((SQUARE,), 4)
+    fills = np.zeros((4, 4), dtype=bool)
+    fills[2:4, 1:3] = True
+    assert (labels.thing_P.reshape(4, 4) == fills).all()
+    assert not labels.written_P.any()
+    assert (labels.mask_P44 == fills.reshape(-1, 1, 1)).all()
+    assert set(labels.colour_P[labels.thing_P]) == {NAMES.index("blue")}
+    assert set(labels.shape_P[labels.thing_P]) == {SHAPES.index("square")}
+    assert labels.box_P4[9].tolist() == [0.25, 0.5, 0.75, 1.0]
+    assert np.flatnonzero(labels.centre_P).tolist() == [14]
+
+
+def test_the_smallest_object_still_has_a_patch() -> None:
+    speck = Thing(colour="red", shape="cross", texture="filled", x=500, y=500, side=20)
+    assert patch_labels((speck,), 4).thing_P.sum() == 1
+
+
+def test_a_clips_labels_follow_what_each_slice_shows() -> None:
+    clip = clips.Clip(tenths=(0, 2, 6, 8), things=(SQUARE,), first=(2,), last=(4,))
+    labels = patch_labels(clip, 4)
+    assert labels.thing_P.reshape(2, 16).sum(axis=1).tolist() == [0, 4]
+
+
+def test_a_digit_is_labelled_where_its_scan_lies() -> None:
+    written = digits.digit().planned(0, 3).facts
+    labels = patch_labels(written, 4)
+    assert set(labels.digit_P[labels.written_P]) == {written.digit}
+    assert labels.box_P4[labels.written_P][0].tolist() == pytest.approx(
+        [written.x / 1000, written.y / 1000, (written.x + written.side) / 1000, (written.y + written.side) / 1000]
+    )
+
+
+def test_facts_of_other_worlds_have_no_labels() -> None:
+    with pytest.raises(
+        ValueError, match="a str has no patch labels; give the facts of a shapes, digits or clips world"
+    ):
+        patch_labels("told", 4)
+
+
+def test_patches_come_in_the_order_of_merge_blocks() -> None:
+    assert merge_order(4, 1).tolist() == [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
+    assert merge_order(2, 2).tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+
+
+def test_labels_lie_on_the_patches_they_describe(pupil: Pupil) -> None:
+    """Paint of a plain blue square, read back from the patches that its labels name."""
+    make = labelled(shapes.name(64), pupil.processor, seed=0)
+    for index in range(20):
+        _, (patch_PX, _, labels) = make(index)
+        inside_P = labels.mask_P44.flatten(1).all(dim=1)
+        if not inside_P.any():
+            continue
+        colour = NAMES[int(labels.colour_P[inside_P][0])]
+        pixel = patch_PX.view(len(patch_PX), 3, -1).float().mean(-1)[inside_P].mean(0)
+        strongest = {"red": 0, "green": 1, "blue": 2}.get(colour)
+        if strongest is not None:
+            assert int(pixel.argmax()) == strongest
+
+
+# ---- dense objective ----------------------------------------------------------------------------------------------
+
+
+def dense_pack(pupil: Pupil, world, count: int = 4):
+    make = labelled(world, pupil.processor, seed=1)
+    made = [make(i) for i in range(count)]
+    return labelled_pack([m for _, m in made], tuple(i for i, _ in made), (world.name,) * count, pupil.model.config)
+
+
+def test_dense_labels_train_the_tower_and_nothing_behind_it(pupil: Pupil) -> None:
+    model = small_model(pupil.processor.tokenizer)
+    objective = Dense(model, colours=len(NAMES), shapes=len(SHAPES))
+    pack = dense_pack(pupil, shapes.count(64))
+    outcome = objective(pack, objective.measure(pack), ALONE)
+    outcome.loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.visual.blocks.parameters())
+    assert all(p.grad is None for p in (*model.visual.merger.parameters(), *model.language_model.parameters()))
+    assert {"loss/kind", "loss/colour", "loss/shape", "loss/box", "loss/mask"} < outcome.sums.keys()
+    assert "loss/digit" not in outcome.sums
+    with torch.no_grad():
+        objective.norm.weight.fill_(3.0)
+    objective.hand_over()
+    assert model.visual.merger.norm.weight.eq(3.0).all()
+
+
+def test_patches_that_say_the_truth_lose_nothing(pupil: Pupil) -> None:
+    objective = Dense(pupil.model, colours=len(NAMES), shapes=len(SHAPES))
+    labels = dense_pack(pupil, shapes.name(64)).labels
+    said = {name: torch.zeros(len(labels.thing_P), size) for name, size in objective.sizes.items()}
+    said["shape"][torch.arange(len(labels.shape_P)), labels.shape_P] = 50.0
+    said["colour"][torch.arange(len(labels.colour_P)), (labels.colour_P + 1) % len(NAMES)] = 50.0
+    losses = patch_losses(said, labels)
+    assert losses["shape"].max() < 1e-6
+    assert losses["colour"].min() > 49
+    assert losses["mask"].mean().item() == pytest.approx(np.log(2))
+
+
+def test_accuracy_counts_patches_over_all_packs(pupil: Pupil) -> None:
+    objective = Dense(pupil.model, colours=len(NAMES), shapes=len(SHAPES))
+    with torch.no_grad():
+        objective.head.weight.zero_()
+        objective.head.bias[3 + NAMES.index("green")] = 9.0
+    packs = [dense_pack(pupil, shapes.name(64), 12), dense_pack(pupil, shapes.count(64), 3)]
+    is_green = torch.cat([p.labels.colour_P[p.labels.thing_P] == NAMES.index("green") for p in packs])
+    assert accuracy(objective, packs)["colour"] == pytest.approx(is_green.float().mean().item())
+
+
+def test_a_text_pack_is_no_dense_pack(pupil: Pupil) -> None:
+    objective = Dense(pupil.model, colours=6, shapes=4)
+    stream = MadeStream({"p": (of_text(pupil.prose_T, 16, seed=0), 1.0)}, pupil.model.config, samples=2, seed=0)
+    with pytest.raises(ValueError, match="a MadePack came; dense labels learn from DensePack"):
+        objective.measure(stream.next_step()[0])
+    stream.close()
+
+
+def test_a_text_only_model_has_no_tower_to_teach(pupil: Pupil) -> None:
+    from dataclasses import replace
+
+    with pytest.raises(ValueError, match="text-only"):
+        Dense(new_model(replace(preset("nano"), vision=None)), colours=6, shapes=4)
+
+
+# ---- made streams -------------------------------------------------------------------------------------------------
+
+
+def ids_of(stream: MadeStream) -> tuple[str, ...]:
+    (pack,) = stream.next_step()
+    return pack.ids
+
+
+def test_a_stream_goes_on_where_its_state_says(pupil: Pupil) -> None:
+    makers = {
+        "prose": (of_text(pupil.prose_T, 16, seed=0), 1.0),
+        "count": (of_world(shapes.count(64), pupil.processor, seed=0), 1.0),
+    }
+    first, second = (MadeStream(makers, pupil.model.config, samples=3, seed=5) for _ in range(2))
+    steps = [ids_of(first) for _ in range(4)]
+    second.restore({"step": 2, "seed": 5})
+    assert [ids_of(second), ids_of(second)] == steps[2:]
+    assert len({id for step in steps for id in step}) > 6
+    with pytest.raises(ValueError, match="seed 6, this one 5"):
+        second.restore({"step": 2, "seed": 6})
+    first.close()
+    second.close()
+
+
+def test_repeats_say_the_same_twice_and_train_the_second_half(pupil: Pupil) -> None:
+    id, sample = of_repeats(pupil.prose_T, 12, seed=0)(4)
+    assert id == "repeats/4"
+    assert sample.token_T[:6].tolist() == sample.token_T[6:].tolist()
+    assert sample.is_target_T is not None and sample.is_target_T.tolist() == [False] * 6 + [True] * 6
+    assert set(sample.token_T.tolist()) <= set(pupil.prose_T.tolist())
+
+
+def test_later_turns_ask_for_the_other_tags() -> None:
+    example: Example = needle.tagged(64, ask_all=True)(0, 0)
+    asked = [m.text for m in example.messages if m.role == "user"]
+    answers = [m.text for m in example.messages if m.role == "assistant"]
+    assert len(asked) == len(answers) == len(needle.KEYS)
+    assert sorted(a.split()[0] for a in answers) == sorted(needle.KEYS)
+    assert all(f"Tag {answer}." in asked[0] for answer in answers)
+    assert needle.tagged(64)(0, 0).messages == example.messages[:2]
+
+
+# ---- promises and page --------------------------------------------------------------------------------------------
+
+
+def skill(got: float, *, less: bool = False) -> Skill:
+    floor, promise = (2.0, 1.0) if less else (0.5, 0.9)
+    return Skill(chapter="S1", skill="seeing", floor=floor, promise=promise, got=got, seconds=1.0, is_less_better=less)
+
+
+def test_a_promise_is_kept_missed_or_broken() -> None:
+    assert [skill(got).verdict for got in (0.95, 0.7, 0.4)] == ["kept", "above the floor", "BROKEN"]
+    assert [skill(got, less=True).verdict for got in (0.9, 1.5, 2.5)] == ["kept", "above the floor", "BROKEN"]
+
+
+def test_the_page_shows_pictures_before_and_answers_after(tmp_path: Path, pupil: Pupil) -> None:
+    story = Story(tmp_path, size=QUICK)
+    pictures = {"shapes.box": worlds()["shapes.box"], "clips.appear": clips.appear()}
+    before = write_page(story, pictures).read_text()
+    assert before.count("<img") == 8 and "Locate the" in before and 'class="wrong"' not in before
+    story.note(skill(0.95))
+    log = tmp_path / "log.jsonl"
+    log.write_text("\n".join(json.dumps({"step": i, "loss/seeing": 1 / i}) for i in range(1, 60)) + "\n")
+    story.curves["S1"] = log
+    after = write_page(story, pictures, pupil).read_text()
+    assert after.count("<img") == 8 and 'class="wrong"' in after and "<svg" in after and "seeing" in after
+    assert json.loads(story.write_report().read_text())["chapters"][0]["verdict"] == "kept"
