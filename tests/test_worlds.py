@@ -159,7 +159,7 @@ def pair_of(name: str, plan: Plan) -> set[tuple[str, str]]:
     if name == "glyphs":
         return set(pairwise(plan.answer))
     if name == "needle":
-        return {(plan.truth["key"], plan.answer)}
+        return {(plan.truth["key"], plan.truth["answer"])}
     if isinstance(plan.facts, clips.Clip):
         return {(thing.colour, thing.shape) for thing in plan.facts.things}
     return {(thing.colour, thing.shape) for thing in plan.facts}
