@@ -81,12 +81,12 @@ class Size:
 
 QUICK = Size(
     name="quickstart",
-    language=600,
-    vision=1600,
+    language=540,
+    vision=1800,
     connect=100,
-    see=1050,
-    watch=280,
-    remember=(2048, 130),
+    see=1250,
+    watch=220,
+    remember=(2048, 90),
     questions=160,
 )
 LONG = Size(
