@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image as Raster
 
@@ -30,7 +31,13 @@ def write_page(story: Story, pictures: dict[str, World], pupil: Pupil | None = N
         section("Promises", promises(story.skills)) if story.skills else "",
         section("Held-out pictures", gallery(pictures, pupil)),
         section(
-            "Learning", *(figure(Html(curve(name, log).svg())) for name, log in story.curves.items() if log.is_file())
+            "Learning",
+            *(
+                figure(Html(plot.svg()))
+                for name, log in story.curves.items()
+                if log.is_file()
+                for plot in curves(name, log)
+            ),
         ),
     ]
     lead = f"{story.size.name}, seed {story.seed}: one package from a tokenizer to a model that sees, on a CPU."
@@ -65,18 +72,24 @@ def promises(skills: Sequence[Skill]) -> Html:
     return table(header, rows)
 
 
-def curve(name: str, log: Path) -> Plot:
-    """Each category's loss, smoothed over a twentieth of the lesson."""
+def curves(name: str, log: Path) -> list[Plot]:
+    """Each category's loss, smoothed over a twentieth of the lesson; words apart from pictures, at most six lines a plot."""
     rows = list(read_jsonl(log))
     width = max(1, len(rows) // 20)
-    names = sorted({key for row in rows for key in row if key.startswith("loss/")})
-    lines = []
-    for key in names:
-        points = [(row["step"], row[key]) for row in rows if key in row]
-        x = [points[i][0] for i in range(0, len(points), width)]
-        parts = [[value for _, value in points[i : i + width]] for i in range(0, len(points), width)]
-        lines.append(Line(name=key.removeprefix("loss/"), x=x, y=[sum(part) / len(part) for part in parts]))
-    return Plot(lines=lines, title=name, x_label="step", y_label="nats a token")
+    names = sorted({key.removeprefix("loss/") for row in rows for key in row if key.startswith("loss/")})
+    words = [n for n in names if n.startswith(("text.", "prose", "repeats", "needle"))]
+    plots = []
+    for kind in ([n for n in names if n not in words], words):
+        for low in range(0, len(kind), 6):
+            lines = [smoothed(n, rows, width) for n in kind[low : low + 6]]
+            plots.append(Plot(lines=lines, title=name, x_label="step", y_label="loss in nats"))
+    return plots
+
+
+def smoothed(name: str, rows: Sequence[dict[str, Any]], width: int) -> Line:
+    points = [(row["step"], row[f"loss/{name}"]) for row in rows if f"loss/{name}" in row]
+    parts = [points[i : i + width] for i in range(0, len(points), width)]
+    return Line(name=name, x=[part[0][0] for part in parts], y=[sum(y for _, y in part) / len(part) for part in parts])
 
 
 def gallery(pictures: dict[str, World], pupil: Pupil | None) -> Html:
