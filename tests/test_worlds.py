@@ -320,7 +320,7 @@ def test_the_colour_in_the_middle_of_a_filled_object_is_the_one_in_the_answer() 
         x1, y1, x2, y2 = thing["box"]
         pixel = picture_of(example)[int((y1 * 0.45 + y2 * 0.55) * 0.128), int((x1 + x2) / 2 * 0.128)]
         nearest = min(paint.COLOURS, key=lambda name: float(np.abs(pixel - np.array(paint.COLOURS[name])).sum()))
-        assert example.answer == f"{nearest} {thing['shape']}"
+        assert example.answer == f"{thing['shape']}, {nearest}"
 
 
 def test_stripes_change_the_look_and_not_the_name() -> None:

@@ -2,7 +2,7 @@
 
 import gc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from qvl.model.config import ModelConfig, read_config
 from qvl.model.moe import RouterStats, load_balancing_loss
 from qvl.model.padded import batch_from_padded, to_padded
 from qvl.model.weights import Source, load, to_checkpoint_name
+from qvl.prompt.processor import Encoded
 
 LOGIT_LIMIT = 1e-4
 GRADIENT_LIMIT = 1e-4
@@ -67,6 +68,26 @@ def compare(folder: Path, *, with_gradients: bool = True, seed: int = 0) -> list
             )
         )
     return rows
+
+
+@torch.no_grad()
+def their_answers(folder: Path, prompts: Sequence[Encoded], max_tokens: int) -> list[list[int]]:
+    """Greedy ids of transformers' own network, loaded from the folder in fp32, for prompts that our processor made."""
+    model = _load_theirs(folder, torch.float32)
+    answers = []
+    for encoded in prompts:
+        ids = encoded.sample.token_T[None]
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        for visual in encoded.visuals:
+            values, grid = "pixel_values", visual.grid_I3
+            if visual.kind == "video":
+                values, grid = "pixel_values_videos", torch.tensor([[len(grid), *grid[0, 1:].tolist()]])
+            inputs |= {values: visual.values_PX, f"{visual.kind}_grid_thw": grid}
+        own = model.config
+        inputs["mm_token_type_ids"] = (ids == own.image_token_id).int() + 2 * (ids == own.video_token_id).int()
+        out = model.generate(**inputs, do_sample=False, max_new_tokens=max_tokens)
+        answers.append(out[0, ids.shape[1] :].tolist())
+    return answers
 
 
 def random_cases(config: ModelConfig, *, seed: int = 0) -> dict[str, dict[str, Tensor]]:
@@ -161,16 +182,21 @@ def _ours(folder: Path, config: ModelConfig, dtype: torch.dtype) -> _Network:
     return _Network(forward, lambda: ((to_checkpoint_name(n, config), p) for n, p in model.named_parameters()))
 
 
-def _theirs(folder: Path, config: ModelConfig, dtype: torch.dtype) -> _Network:
+def _load_theirs(folder: Path, dtype: torch.dtype) -> Any:
     try:
         import transformers
     except ImportError:
         raise ValueError("parity needs transformers to compare with; pip install 'qvl[test]'.") from None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    auto = transformers.AutoModelForCausalLM if config.vision is None else transformers.AutoModelForImageTextToText
+    is_text = read_config(folder).vision is None
+    auto = transformers.AutoModelForCausalLM if is_text else transformers.AutoModelForImageTextToText
     # Loaded in the asked dtype rather than cast: `.to(bfloat16)` would round transformers' rotary frequencies.
-    model = auto.from_pretrained(str(folder), dtype=dtype).eval()
+    return auto.from_pretrained(str(folder), dtype=dtype).eval()
+
+
+def _theirs(folder: Path, config: ModelConfig, dtype: torch.dtype) -> _Network:
+    model = _load_theirs(folder, dtype)
 
     def forward(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         extra: dict[str, Any] = {"use_cache": False}
