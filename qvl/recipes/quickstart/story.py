@@ -81,12 +81,12 @@ class Size:
 
 QUICK = Size(
     name="quickstart",
-    language=540,
-    vision=1800,
+    language=680,
+    vision=1700,
     connect=100,
-    see=1250,
-    watch=220,
-    remember=(2048, 90),
+    see=1150,
+    watch=280,
+    remember=(2048, 110),
     questions=160,
 )
 LONG = Size(
