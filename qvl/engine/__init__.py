@@ -1,1 +1,1 @@
-"""Answering: key/value cache, sampler, generation."""
+"""Answering: scheduler, block manager, key/value and encoder caches, model runner, sampler, generation."""

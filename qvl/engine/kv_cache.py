@@ -39,6 +39,12 @@ class KVCache:
         self.free.extend(blocks)
         self.free.sort(reverse=True)
 
+    def slots(self, blocks: Sequence[int], count: int) -> Tensor:
+        """Where the first `count` tokens of a sequence lie among the pool's B*Z slots."""
+        device, size = self.key_LBZKH.device, self.block_size
+        first = torch.tensor(blocks[: self.num_blocks_for(count)], device=device) * size
+        return (first[:, None] + torch.arange(size, device=device)).flatten()[:count]
+
     def layout(self, news: Sequence["NewTokens"]) -> Paged:
         slots = [b * self.block_size + i for new in news for b, i in new.places(self.block_size)]
         return Paged(
@@ -62,6 +68,11 @@ class NewTokens:
     def places(self, block_size: int) -> list[tuple[int, int]]:
         """(block, slot inside it) of each new token."""
         return [(self.blocks[i // block_size], i % block_size) for i in range(self.past, self.past + self.count)]
+
+
+def bytes_per_block(config: TextConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Keys and values of one block in all layers."""
+    return 2 * config.num_hidden_layers * block_size * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
 
 def new_cache(

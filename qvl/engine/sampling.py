@@ -27,6 +27,10 @@ class Sampling:
     """Divides positive and multiplies negative logits of tokens seen in prompt or answer."""
     presence_penalty: float = 0.0
     """Subtracted from logits of tokens already in the answer."""
+    frequency_penalty: float = 0.0
+    """The same, once for each time the token is there."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token, what is added to its logit), at most 100 either way."""
     max_tokens: int = 1024
     seed: int | None = None
     """The same seed gives the same answer whatever else is in the batch."""
@@ -44,6 +48,8 @@ class Sampling:
             ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0 and finite"),
             ("presence_penalty", -2 <= self.presence_penalty <= 2, "between -2 and 2"),
+            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "between -2 and 2"),
+            ("logit_bias", all(-100 <= b <= 100 for _, b in self.logit_bias), "pairs of a token and -100 to 100"),
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
             ("num_logprobs", 0 <= self.num_logprobs <= 20, "between 0 and 20"),
             ("stop", all(self.stop), "strings that are not empty"),
@@ -134,17 +140,31 @@ class Sampler:
         self.is_in_prompt_V = torch.zeros(vocab_size, dtype=torch.bool)
         self.is_in_prompt_V[prompt_T] = True
         self.is_in_answer_V = torch.zeros(vocab_size, dtype=torch.bool)
+        self.count_V = torch.zeros(vocab_size) if sampling.frequency_penalty else None
+        bad = [token for token, _ in sampling.logit_bias if not 0 <= token < vocab_size]
+        if bad:
+            raise ValueError(f"logit_bias names token {bad[0]}; the model knows 0 to {vocab_size - 1}.")
+        self.biased = torch.tensor([token for token, _ in sampling.logit_bias], dtype=torch.int64)
+        self.bias = torch.tensor([bias for _, bias in sampling.logit_bias])
 
-    def __call__(self, logits_V: Tensor) -> Draw:
-        """logits_V: the model's, any dtype, on the CPU. Raises ValueError when they are not finite."""
+    def __call__(self, logits_V: Tensor, *, allowed: Tensor | None = None, forced: int | None = None) -> Draw:
+        """logits_V: the model's, any dtype, on the CPU. Raises ValueError when they are not finite.
+
+        `allowed` is a grammar's mask; what it does not reach is forbidden. `forced` is taken whatever the model thinks of it.
+        """
         logits_V = logits_V.float()
         if not bool(torch.isfinite(logits_V).all()):
             raise ValueError(
                 "the model's logits are not finite; the weights or the arithmetic are broken for this input."
             )
         logprob_V = logits_V.log_softmax(dim=-1)
-        token = self._choose(self._penalised(logits_V))
+        if forced is not None:
+            token = forced
+        else:
+            token = self._choose(_masked(self._penalised(logits_V), allowed))
         self.is_in_answer_V[token] = True
+        if self.count_V is not None:
+            self.count_V[token] += 1
         best = logprob_V.topk(self.sampling.num_logprobs)
         top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
         return Draw(token, float(logprob_V[token]), top)
@@ -156,6 +176,10 @@ class Sampler:
             logits_V = torch.where(self.is_in_prompt_V | self.is_in_answer_V, scaled_V, logits_V)
         if s.presence_penalty:
             logits_V = logits_V - s.presence_penalty * self.is_in_answer_V
+        if self.count_V is not None:
+            logits_V = logits_V - s.frequency_penalty * self.count_V
+        if s.logit_bias:
+            logits_V = logits_V.index_add(0, self.biased, self.bias)
         return logits_V
 
     def _choose(self, logits_V: Tensor) -> int:
@@ -168,8 +192,19 @@ class Sampler:
         probability = kept.values.softmax(dim=-1)
         # Likeliest first. Nucleus: a token stays while those before it hold less than top_p; the first always stays.
         before = probability.cumsum(0) - probability
-        is_kept = (before < s.top_p) & (probability >= s.min_p * probability[0])
+        is_kept = (before < s.top_p) & (probability >= s.min_p * probability[0]) & (probability > 0)
         total = (probability * is_kept).cumsum(0)
         at = torch.rand((), generator=self.generator) * total[-1]
         place = min(int(torch.searchsorted(total, at, right=True)), int(is_kept.sum()) - 1)
         return int(kept.indices[place])
+
+
+def _masked(logits_V: Tensor, allowed: Tensor | None) -> Tensor:
+    if allowed is None:
+        return logits_V
+    size = min(len(allowed), len(logits_V))
+    if not bool(allowed[:size].any()):
+        raise ValueError("the grammar allows no token here; the answer cannot go on.")
+    masked_V = torch.full_like(logits_V, -torch.inf)
+    masked_V[:size] = logits_V[:size].masked_fill(~allowed[:size], -torch.inf)
+    return masked_V
