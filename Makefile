@@ -11,7 +11,7 @@ STAMP := .venv/.set-up
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
-.PHONY: help setup test test-all lint format docs media quickstart story bench clean
+.PHONY: help setup test test-all test-ui lint format docs media quickstart story bench clean
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
 
@@ -33,6 +33,10 @@ test: lint .oracle/torchvision  ## format, lint, types, import contract, fast te
 
 test-all: lint .oracle/torchvision  ## the same with the slow tests
 	$(PYTEST)
+
+test-ui: $(STAMP)  ## the chat page in a real Chromium (Debian's; apt-get install chromium)
+	$(BIN)/python -m pip install -q playwright
+	$(BIN)/python -m pytest -q tests/test_serve_page.py
 
 lint: $(STAMP)  ## format check, lint, types, import contract
 	$(BIN)/ruff format --check .

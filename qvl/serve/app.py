@@ -1,0 +1,352 @@
+"""The routes: chat completions, models, tokenize, health, metrics, and the chat page."""
+
+import asyncio
+import base64
+import hashlib
+import json
+import logging
+import re
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+
+import qvl
+from qvl.core.config import near_miss
+from qvl.serve.chat import Cook, Prepared
+from qvl.serve.engine_thread import EngineThread, Ticket
+from qvl.serve.errors import Refusal, busy, error_body
+from qvl.serve.gate import Door, Gate
+from qvl.serve.metrics import CONTENT_TYPE, Metrics, Watch
+from qvl.serve.protocol import ChatRequest, TokenizeRequest
+from qvl.serve.reply import Reply
+
+log = logging.getLogger("qvl.serve")
+T = TypeVar("T")
+App = FastAPI
+
+ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"description": words, "content": {"application/json": {"schema": ERROR}}}
+    for status, words in {
+        400: "The request cannot be answered.",
+        401: "The key is missing or wrong.",
+        404: "There is no such model.",
+        408: "The request did not arrive in time.",
+        413: "The request is too large.",
+        415: "The request is no JSON.",
+        421: "The server has another name.",
+        422: "A field is wrong.",
+        429: "Too many requests; Retry-After says when to come again.",
+        500: "The model failed on this request.",
+        503: "The server is shutting down.",
+    }.items()
+}
+
+
+@dataclass(kw_only=True)
+class Service:
+    """All that the routes share."""
+
+    cook: Cook
+    thread: EngineThread
+    metrics: Metrics
+    started: int
+    media: ThreadPoolExecutor
+    light: ThreadPoolExecutor
+    """For requests without media, so that they never wait behind a film."""
+    held_bytes: int = 0
+    """Patches of requests between their preparation and their end."""
+
+    async def prepare(self, asked: ChatRequest) -> Prepared:
+        gone = threading.Event()
+        pool = self.media if has_media(asked.messages) else self.light
+        work = asyncio.get_running_loop().run_in_executor(
+            pool, lambda: self.cook.prepare(asked, is_cancelled=gone.is_set)
+        )
+        try:
+            return await work
+        except asyncio.CancelledError:
+            gone.set()
+            raise
+
+
+def make_app(cook: Cook, thread: EngineThread, metrics: Metrics, *, door: Door, media_workers: int = 1) -> FastAPI:
+    service = Service(
+        cook=cook,
+        thread=thread,
+        metrics=metrics,
+        started=int(time.time()),
+        media=ThreadPoolExecutor(media_workers, thread_name_prefix="media"),
+        light=ThreadPoolExecutor(2, thread_name_prefix="prepare"),
+    )
+
+    @asynccontextmanager
+    async def life(_: FastAPI) -> AsyncIterator[None]:
+        thread.start()
+        try:
+            yield
+        finally:
+            await asyncio.get_running_loop().run_in_executor(None, thread.stop)
+            for pool in (service.media, service.light):
+                pool.shutdown(wait=False, cancel_futures=True)
+            cook.kitchen.close()
+
+    app = FastAPI(
+        title="qvl",
+        version=qvl.__version__,
+        lifespan=life,
+        docs_url=None,
+        redoc_url=None,
+        responses=REFUSALS,
+        redirect_slashes=False,
+    )
+    app.state.service = service
+    _handle_errors(app)
+    _routes(app, service)
+    app.add_middleware(Gate, door=door, metrics=metrics, is_draining=lambda: thread.is_draining)  # type: ignore[arg-type]
+    return app
+
+
+def _routes(app: FastAPI, service: Service) -> None:
+    served = service.cook.served
+    page, policy = read_page()
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def chat_page() -> Response:
+        return HTMLResponse(page, headers={"content-security-policy": policy})
+
+    @app.get("/health")
+    async def health() -> Response:
+        """Whether the process lives."""
+        return PlainTextResponse("ok")
+
+    @app.get("/readyz")
+    async def ready() -> Response:
+        """Whether it takes requests."""
+        if service.thread.is_draining:
+            return JSONResponse(error_body(503, "The server is shutting down.", code="draining"), 503)
+        if not service.thread.is_alive:
+            return JSONResponse(error_body(503, "The engine has stopped.", code="engine"), 503)
+        return PlainTextResponse("ready")
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.page(), media_type=CONTENT_TYPE)
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": [_model(service, name) for name in served.names]})
+
+    @app.get("/v1/models/{name}")
+    async def model(name: str) -> Response:
+        return JSONResponse(_model(service, served.name(name)))
+
+    @app.post("/tokenize")
+    async def tokenize(asked: TokenizeRequest, request: Request) -> Response:
+        """Counts and ids of a conversation, its media included."""
+        pool = service.media if has_media(asked.messages or []) else service.light
+        work = asyncio.get_running_loop().run_in_executor(pool, lambda: service.cook.tokenize(asked))
+        return JSONResponse(await until_gone(request, work))
+
+    @app.post("/v1/chat/completions")
+    async def chat(asked: ChatRequest, request: Request) -> Response:
+        """OpenAI's chat completions, with pictures, videos and documents among the parts of a message."""
+        watch = Watch(service.metrics, request.scope["state"]["start"])
+        prepared = await until_gone(request, service.prepare(asked))
+        patches = prepared.request.sample.patch_PX
+        size = 0 if patches is None else patches.numel() * patches.element_size()
+        if service.held_bytes and service.held_bytes + size > service.cook.kitchen.limits.max_patch_bytes:
+            raise busy("The media of waiting requests fill the memory set aside for them; try again later.", 5)
+        watch.queued(prepared.media_seconds, prepared.request.sample.num_tokens, bool(prepared.media))
+        ticket = await service.thread.submit(prepared.model, prepared.request)
+        service.held_bytes += size
+        reply = Reply(prepared, served, watch)
+
+        def done() -> None:
+            service.thread.cancel(ticket)
+            service.held_bytes -= size
+            watch.end()
+
+        if asked.stream:
+            return _Stream(_lines(reply, service.thread, ticket), done)
+        try:
+            return _json(await until_gone(request, reply.whole(service.thread.events(ticket))))
+        finally:
+            done()
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events. `done` is called however it ends, even where nobody ever read a line."""
+
+    def __init__(self, lines: AsyncIterator[str], done: Callable[[], None]) -> None:
+        super().__init__(lines, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
+        self.done = done
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.done()
+
+
+async def _lines(reply: Reply, thread: EngineThread, ticket: Ticket) -> AsyncIterator[str]:
+    async for chunk in reply.chunks(thread.events(ticket)):
+        yield f"data: {_text(chunk)}\n\n"
+    yield "data: [DONE]\n\n"
+
+
+async def until_gone(request: Request, work: Awaitable[T]) -> T:
+    """The work's result, or its end when the client goes away first."""
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_disconnect(request))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise Refusal(408, "The client went away.")
+    finally:
+        for other in (task, watcher):
+            if not other.done():
+                other.cancel()
+                with suppress(asyncio.CancelledError, Exception):
+                    await other
+
+
+async def _disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def has_media(messages: list[dict[str, Any]]) -> bool:
+    """Whether a message has parts other than words. Read before the messages are checked, so nothing is taken for granted."""
+    contents = [message.get("content") for message in messages]
+    return any(
+        isinstance(part, dict) and part.get("type") != "text"
+        for content in contents
+        if isinstance(content, list)
+        for part in content
+    )
+
+
+def _model(service: Service, name: str) -> dict[str, Any]:
+    served = service.cook.served
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.started,
+        "owned_by": "qvl",
+        "max_model_len": served.max_context,
+        "thinking": served.is_thinking,
+        "media": served.processor.image_budget is not None,
+        "sampling": {
+            "temperature": served.sampling.temperature,
+            "top_p": served.sampling.top_p,
+            "top_k": served.sampling.top_k,
+            "presence_penalty": served.sampling.presence_penalty,
+            "max_tokens": served.sampling.max_tokens,
+        },
+        **({} if name == served.names[0] else {"parent": served.names[0]}),
+    }
+
+
+def _text(data: Any) -> str:
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def _json(data: Any) -> Response:
+    return Response(_text(data), media_type="application/json")
+
+
+# ---- errors -------------------------------------------------------------------------------------------------------
+
+
+def _handle_errors(app: FastAPI) -> None:
+    async def refused(_: Request, error: Exception) -> Response:
+        assert isinstance(error, Refusal)
+        return JSONResponse(error.body, error.status, headers=error.headers)
+
+    async def invalid(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        status, message, param = read_validation(error)
+        return JSONResponse(error_body(status, message, param=param), status)
+
+    async def not_found(_: Request, error: Exception) -> Response:
+        return JSONResponse(error_body(404, "There is no such route.", code="not_found"), 404)
+
+    async def wrong_method(_: Request, error: Exception) -> Response:
+        return JSONResponse(
+            error_body(405, "This route does not take that method."), 405, getattr(error, "headers", None)
+        )
+
+    async def unreadable(_: Request, error: Exception) -> Response:
+        return JSONResponse(error_body(400, "The request is no JSON that can be read."), 400)
+
+    async def fault(request: Request, error: Exception) -> Response:
+        log.error("a request failed", exc_info=error)
+        return JSONResponse(error_body(500, "The server failed on this request; its log says why."), 500)
+
+    app.add_exception_handler(Refusal, refused)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(400, unreadable)
+    app.add_exception_handler(404, not_found)
+    app.add_exception_handler(405, wrong_method)
+    app.add_exception_handler(Exception, fault)
+
+
+def read_validation(error: RequestValidationError) -> tuple[int, str, str | None]:
+    """Status, one sentence, and the field it is about. What the client sent is not quoted back, but for names of fields."""
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return 400, "The request is no valid JSON.", None
+    place = [str(step) for step in first["loc"] if step != "body"]
+    param = ".".join(place)[:200] or None
+    if first["type"] == "extra_forbidden":
+        known = [*ChatRequest.model_fields, *TokenizeRequest.model_fields] if len(place) == 1 else []
+        return 422, f"Unknown field {param!r}{near_miss(place[-1], known) if known else ''}.", param
+    words = str(first["msg"]).removeprefix("Value error, ")
+    return 422, f"{param}: {words}" if param else words, param
+
+
+# ---- the page -----------------------------------------------------------------------------------------------------
+
+
+def read_page() -> tuple[str, str]:
+    """The page, and a policy that lets nothing run but its own script and style, by their digests."""
+    text = (resources.files("qvl.serve") / "page.html").read_text(encoding="utf-8")
+    scripts, styles = (
+        " ".join(f"'sha256-{_digest(block)}'" for block in re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL))
+        for tag in ("script", "style")
+    )
+    policy = (
+        f"default-src 'none'; script-src {scripts}; style-src {styles}; img-src 'self' blob: data:; media-src blob:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return text, policy
+
+
+def _digest(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,0 +1,214 @@
+"""A request becomes what the engine takes: messages, media, numbers, sampling, grammar."""
+
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from qvl.engine.request import Request, ThinkingBudget
+from qvl.engine.sampling import Sampling
+from qvl.prompt.message import Message
+from qvl.prompt.openai import messages_from_dicts
+from qvl.prompt.processor import Encoded, Processor
+from qvl.serve.errors import Refusal, safe_sentence
+from qvl.serve.grammar import Grammar, Grammars
+from qvl.serve.media import Kitchen, Medium, media_key
+from qvl.serve.protocol import (
+    ChatRequest,
+    JsonObjectFormat,
+    JsonSchemaFormat,
+    NamedTool,
+    TokenizeRequest,
+    Tool,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """What this server answers with."""
+
+    names: tuple[str, ...]
+    """The model's, then its adapters'."""
+    processor: Processor
+    sampling: Sampling
+    """Holds where a request says nothing."""
+    end_tokens: frozenset[int]
+    max_context: int
+    """Tokens of a prompt with its answer."""
+    vocab_size: int
+
+    def name(self, wanted: str | None) -> str:
+        if wanted is None:
+            return self.names[0]
+        if wanted not in self.names:
+            known = ", ".join(self.names)
+            raise Refusal(404, f"There is no such model here; there is {known}.", param="model", code="model_not_found")
+        return wanted
+
+    @property
+    def is_thinking(self) -> bool:
+        return self.processor.style == "thinking"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A request the engine can take, and what its reply needs to know."""
+
+    asked: ChatRequest
+    model: str
+    request: Request
+    media: tuple[Medium, ...]
+    media_seconds: float
+    reads_calls: bool
+
+    def applied(self, processor: Processor) -> dict[str, Any]:
+        """Which sampling, pixel and frame budgets held."""
+        sampling = {name: value for name, value in asdict(self.request.sampling).items() if name != "num_logprobs"}
+        images, videos = processor.image_budget, processor.video_sampling
+        return {
+            "sampling": sampling,
+            "image_budget": None if images is None else asdict(images),
+            "video_sampling": None if videos is None else asdict(videos),
+            "media": [medium.facts() for medium in self.media],
+        }
+
+
+class Cook:
+    """Prepares requests; called from worker threads."""
+
+    def __init__(self, served: Served, kitchen: Kitchen) -> None:
+        self.served, self.kitchen = served, kitchen
+        self.grammars = Grammars(served.processor.tokenizer, served.vocab_size, served.end_tokens)
+
+    def prepare(self, asked: ChatRequest, *, is_cancelled: Callable[[], bool] = lambda: False) -> Prepared:
+        model = self.served.name(asked.model)
+        sampling = self._sampling(asked)
+        tools = None if asked.tool_choice == "none" else asked.tools
+        messages = read_messages(asked.messages)
+        grammar = self._grammar(asked)
+        encoded, media, seconds = self._encoded(messages, tools, True, is_cancelled)
+        left = self.served.max_context - encoded.sample.num_tokens
+        if left < 1:
+            raise Refusal(
+                400,
+                f"The conversation has {encoded.sample.num_tokens:,} tokens; the model reads {self.served.max_context:,} with "
+                "its answer. Shorten it, or send fewer or smaller pictures.",
+                param="messages",
+                code="context_length_exceeded",
+            )
+        if asked.most_tokens is None:
+            sampling = replace(sampling, max_tokens=min(sampling.max_tokens, left))
+        request = Request(
+            id=f"chatcmpl-{uuid.uuid4().hex}",
+            sample=encoded.sample,
+            sampling=sampling,
+            end_tokens=self.served.end_tokens,
+            text_stream=self.served.processor.tokenizer.stream,
+            n=asked.n or 1,
+            salt=asked.cache_salt or "",
+            media_keys=tuple(media_key(visual) for visual in encoded.visuals),
+            media_rows=tuple(len(visual.grid_I3) for visual in encoded.visuals),
+            thinking=self._thinking(asked),
+            grammar=grammar,
+        )
+        return Prepared(
+            asked=asked,
+            model=model,
+            request=request,
+            media=tuple(media),
+            media_seconds=seconds,
+            reads_calls=bool(tools),
+        )
+
+    def tokenize(self, asked: TokenizeRequest) -> dict[str, Any]:
+        self.served.name(asked.model)
+        start = time.monotonic()
+        media: list[Medium] = []
+        if asked.prompt is not None:
+            ids = self.served.processor.tokenizer.encode_text(asked.prompt)
+        else:
+            messages = read_messages(asked.messages or [])
+            encoded, media, _ = self._encoded(messages, asked.tools, asked.add_generation_prompt)
+            ids = encoded.sample.token_T.tolist()
+        return {
+            "count": len(ids),
+            "max_model_len": self.served.max_context,
+            **({"tokens": ids} if asked.return_tokens else {}),
+            "media": [medium.facts() for medium in media],
+            "seconds": round(time.monotonic() - start, 3),
+        }
+
+    def _encoded(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] | None,
+        add_generation_prompt: bool,
+        is_cancelled: Callable[[], bool] = lambda: False,
+    ) -> tuple[Encoded, list[Medium], float]:
+        self.kitchen.check(messages)
+        loaded, media, seconds = self.kitchen.load(messages, is_cancelled=is_cancelled)
+        try:
+            given = [tool.as_given() for tool in tools] if tools else None
+            encoded = self.served.processor(loaded, tools=given, add_generation_prompt=add_generation_prompt)
+        except ValueError as error:
+            raise Refusal(400, safe_sentence(error), param="messages") from error
+        return encoded, media, seconds
+
+    def _sampling(self, asked: ChatRequest) -> Sampling:
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty")
+        given: dict[str, Any] = {
+            name: getattr(asked, name)
+            for name in (*names, "frequency_penalty", "seed")
+            if getattr(asked, name) is not None
+        }
+        if given.get("top_k") == -1:
+            given["top_k"] = 0
+        if asked.most_tokens is not None:
+            given["max_tokens"] = asked.most_tokens
+        if asked.stops:
+            given["stop"] = asked.stops
+        if asked.logit_bias:
+            bias = {int(id): float(value) for id, value in asked.logit_bias.items()}
+            if max(bias) >= self.served.vocab_size:
+                raise Refusal(
+                    422, f"logit_bias names a token past {self.served.vocab_size - 1}, the last.", param="logit_bias"
+                )
+            given["logit_bias"] = tuple(sorted(bias.items()))
+        try:
+            return replace(self.served.sampling, num_logprobs=asked.top_logprobs or 0, **given)
+        except ValueError as error:
+            raise Refusal(422, safe_sentence(error)) from error
+
+    def _thinking(self, asked: ChatRequest) -> ThinkingBudget | None:
+        tokenizer = self.served.processor.tokenizer
+        if not (tokenizer.has_control("<think>") and tokenizer.has_control("</think>")):
+            if asked.thinking_budget is not None:
+                raise Refusal(400, "This model has no thoughts; leave out thinking_budget.", param="thinking_budget")
+            return None
+        return ThinkingBudget(
+            open=tokenizer.control_id("<think>"),
+            close=tokenizer.control_id("</think>"),
+            max_tokens=asked.thinking_budget,
+        )
+
+    def _grammar(self, asked: ChatRequest) -> Grammar | None:
+        form, choice = asked.response_format, asked.tool_choice
+        if isinstance(form, JsonObjectFormat):
+            return self.grammars.json_object()
+        if isinstance(form, JsonSchemaFormat):
+            return self.grammars.json_schema(form.json_schema.schema_)
+        if choice == "required" or isinstance(choice, NamedTool):
+            tools = [tool.as_given() for tool in asked.tools or ()]
+            if isinstance(choice, NamedTool):
+                tools = [tool for tool in tools if tool["function"]["name"] == choice.function.name]
+            many = choice == "required" and asked.parallel_tool_calls is not False
+            return self.grammars.tool_call(tools, many=many)
+        return None
+
+
+def read_messages(data: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
+    try:
+        return messages_from_dicts(data)
+    except ValueError as error:
+        raise Refusal(422, safe_sentence(error, "A message cannot be read."), param="messages") from error

@@ -1,0 +1,143 @@
+"""JSON by schema and forced tool calls: which tokens may come next, by llguidance. The only file that imports it."""
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qvl.prompt.tokenizer import Tokenizer
+from qvl.serve.errors import Refusal
+
+# Blanks between JSON's signs, as people and models write them; an open end is an invitation to write blanks for ever.
+WHITESPACE = r"[ \n\t]{0,24}"
+KEPT = 64
+"""States of one request that are kept: its answers, and a few steps back."""
+
+
+class Grammars:
+    """Makes grammars for one tokenizer; its table of tokens is built when the first is asked for (seconds at 150,000 tokens)."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_tokens: frozenset[int]) -> None:
+        self.tokenizer, self.vocab_size, self.end_tokens = tokenizer, vocab_size, end_tokens
+        self._lock = threading.Lock()
+        self._guidance: Any = None
+        self._table: Any = None
+
+    def json_object(self) -> "Grammar":
+        return self.json_schema({"type": "object"})
+
+    def json_schema(self, schema: dict[str, Any]) -> "Grammar":
+        return self._grammar("start: body\nbody: %json " + _schema_text(schema))
+
+    def tool_call(self, tools: Sequence[dict[str, Any]], *, many: bool) -> "Grammar":
+        """A call of one of the functions, in the template's own form; with `many` also several."""
+        if not self.tokenizer.has_control("<tool_call>"):
+            raise Refusal(400, "This model's tokenizer has no tool calls; leave out tool_choice.", param="tool_choice")
+        calls = [
+            {
+                "type": "object",
+                "properties": {
+                    "name": {"const": tool["function"]["name"]},
+                    "arguments": tool["function"].get("parameters") or {"type": "object"},
+                },
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+            for tool in tools
+        ]
+        lines = [f'call{i}: <tool_call> "\\n" body{i} "\\n" </tool_call>' for i in range(len(calls))]
+        lines += [f"body{i}: %json {_schema_text(call)}" for i, call in enumerate(calls)]
+        one = " | ".join(f"call{i}" for i in range(len(calls)))
+        return self._grammar("\n".join(["start: call" + (' ("\\n" call)*' if many else ""), f"call: {one}", *lines]))
+
+    def _grammar(self, lark: str) -> "Grammar":
+        with self._lock:
+            if self._guidance is None:
+                self._build()
+        guidance: Any = self._guidance
+        matcher = guidance.LLMatcher(self._table, guidance.LLMatcher.grammar_from_lark(lark), log_level=0)
+        if matcher.is_error():
+            # The compiler's own words may quote the schema and nothing else; still only their kind is told.
+            raise Refusal(400, "The JSON schema cannot be used: " + _reason(matcher.get_error()), code="schema")
+        return Grammar(matcher, self.vocab_size)
+
+    def _build(self) -> None:
+        try:
+            import llguidance
+        except ImportError as error:
+            raise Refusal(
+                400,
+                "This server cannot force an answer's form: the package llguidance is not installed. "
+                "Leave out response_format and use tool_choice auto.",
+                code="unsupported",
+            ) from error
+        table = llguidance.TokenizerWrapper(_Vocabulary(self.tokenizer, self.end_tokens))
+        self._table = llguidance.LLTokenizer(table, n_vocab=self.vocab_size, eos_token=sorted(self.end_tokens))
+        self._guidance = llguidance
+
+
+class _Vocabulary:
+    """A tokenizer as llguidance wants to see one."""
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, end_tokens: frozenset[int]) -> None:
+        self._tokenizer = tokenizer
+        self.eos_token_id = min(end_tokens)
+        self.tokens = [tokenizer.token_bytes(id) for id in range(tokenizer.num_ids)]
+        self.special_token_ids = sorted(tokenizer.control_ids)
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        return self._tokenizer.encode_text(text if isinstance(text, str) else text.decode("utf-8", errors="replace"))
+
+
+class Grammar:
+    """Which tokens may follow the tokens so far (of one answer, after its thought). Answers of one request share one."""
+
+    def __init__(self, matcher: Any, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self._matchers: OrderedDict[tuple[int, ...], Any] = OrderedDict({(): matcher})
+        self._start = matcher
+
+    def allowed(self, tokens: Sequence[int]) -> Tensor:
+        """bool over the vocabulary; after the grammar's end only the end tokens."""
+        matcher = self._matcher(tuple(tokens))
+        mask = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+        bits = np.unpackbits(mask, bitorder="little")[: self.vocab_size].astype(bool)
+        if matcher.is_error() or not bits.any():
+            raise ValueError("the answer can no longer follow the schema; simplify the schema.")
+        return torch.from_numpy(bits)
+
+    def _matcher(self, tokens: tuple[int, ...]) -> Any:
+        known = self._matchers.get(tokens)
+        if known is not None:
+            self._matchers.move_to_end(tokens)
+            return known
+        parent = self._matchers.get(tokens[:-1])
+        if parent is None:  # a state long gone (or a first call in the middle): read again from the start
+            matcher = self._start.deep_copy()
+            is_read = matcher.consume_tokens(list(tokens))
+        else:
+            matcher = parent.deep_copy()
+            is_read = matcher.consume_token(tokens[-1])
+        if not is_read:
+            raise ValueError("the answer left the schema.")
+        self._matchers[tokens] = matcher
+        while len(self._matchers) > KEPT:
+            self._matchers.popitem(last=False)
+        return matcher
+
+
+def _schema_text(schema: dict[str, Any]) -> str:
+    """The schema with our own rule for blanks, whatever the client's says."""
+    return json.dumps({**schema, "x-guidance": {"whitespace_pattern": WHITESPACE}})
+
+
+def _reason(text: str) -> str:
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "it is not valid.")
+    return line[:200].rstrip(".") + "."

@@ -1,0 +1,209 @@
+"""Media of a request: fetched only where allowed, decoded in a process that can be killed, within the server's ceilings."""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from qvl.outside.fetch import Fetcher
+from qvl.outside.media import MediaError, MediaLimits
+from qvl.outside.workers import WorkerPool
+from qvl.prompt.document import load_document
+from qvl.prompt.image import image_patches, load_image
+from qvl.prompt.message import MEDIA, ContentPart, Document, Image, Message, Text, Video
+from qvl.prompt.processor import Processor, image_budget_for, video_sampling_for
+from qvl.prompt.video import frames_video, load_video
+from qvl.prompt.visual import Visual
+from qvl.serve.errors import Refusal, safe_sentence
+from qvl.serve.limits import Limits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Medium:
+    """One picture, video or page as the network gets it."""
+
+    kind: Literal["image", "video", "page"]
+    visual: Visual
+
+    def facts(self) -> dict[str, Any]:
+        """What was made of it: sizes, frames and times, for clients who ask."""
+        visual = self.visual
+        facts: dict[str, Any] = {
+            "kind": self.kind,
+            "tokens": visual.num_tokens,
+            "grid_thw": [len(visual.grid_I3), *visual.grid_I3[0, 1:].tolist()],
+            "size": [visual.width, visual.height],
+            "source_size": [visual.source_width, visual.source_height],
+        }
+        if self.kind == "video":
+            facts["timestamps"] = None if visual.seconds is None else [round(s, 3) for s in visual.seconds]
+            facts["frame_indices"] = None if visual.frame_indices is None else list(visual.frame_indices)
+            facts["fps"] = visual.fps
+        return facts | ({"notes": list(visual.notes)} if visual.notes else {})
+
+
+class Kitchen:
+    """Makes what a client sent into what the network takes. Threads may share one."""
+
+    def __init__(
+        self,
+        processor: Processor,
+        limits: Limits,
+        *,
+        max_tokens: int,
+        allow_domains: tuple[str, ...] = (),
+        allow_folders: tuple[Path | str, ...] = (),
+        workers: int = 1,
+        media_seconds: float = 60.0,
+    ) -> None:
+        """`max_tokens`: of a whole prompt; media beyond it are refused while they come."""
+        self.processor, self.limits, self.max_tokens = processor, limits, max_tokens
+        self.allows_addresses = bool(allow_domains)
+        self.allows_files = bool(allow_folders)
+        self.pool = WorkerPool(
+            MediaLimits(max_bytes=limits.max_medium_bytes, max_pages=limits.max_pages, max_seconds=media_seconds),
+            size=workers,
+        )
+        self.fetcher = Fetcher(
+            allow_domains=allow_domains, allow_folders=allow_folders, max_bytes=limits.max_medium_bytes
+        )
+
+    def close(self) -> None:
+        self.pool.close()
+
+    def check(self, messages: Sequence[Message]) -> None:
+        """Counts and ceilings, before anything is opened (CVE-2026-100650: items fetched, then counted)."""
+        limits = self.limits
+        parts = [part for message in messages for part in message.content]
+        media = [part for part in parts if isinstance(part, MEDIA)]
+        words = sum(len(part.text) for part in parts if isinstance(part, Text))
+        words += sum(len(m.thinking or "") + sum(len(str(c.arguments)) for c in m.tool_calls) for m in messages)
+        for count, most, what in (
+            (len(parts), limits.max_parts, "parts"),
+            (len(media), limits.max_media, "pictures, videos and documents"),
+            (words, limits.max_text, "characters"),
+        ):
+            if count > most:
+                raise Refusal(422, f"The conversation has {count:,} {what}; at most {most:,} are allowed.")
+        if media and self.processor.image_budget is None:
+            raise Refusal(400, "This model takes text only.", param="messages")
+        for where, part in _media_of(messages):
+            self._check_part(where, part)
+
+    def _check_part(self, where: str, part: Image | Video | Document) -> None:
+        limits = self.limits
+        sources = part.source if isinstance(part.source, tuple) else (part.source,)
+        if not all(isinstance(source, str) for source in sources):
+            raise Refusal(422, f"{where}: the source must be text: a data URI or an address.", param=where)
+        if len(sources) > limits.max_frames:
+            raise Refusal(422, f"{where} has {len(sources):,} frames; at most {limits.max_frames:,} are allowed.")
+        most = limits.max_video_tokens if isinstance(part, Video) else limits.max_image_tokens
+        wishes = [("max_tokens", part.max_tokens, most)]
+        if isinstance(part, Image):
+            wishes.append(("min_tokens", part.min_tokens, most))
+        if isinstance(part, Video):
+            wishes.append(("num_frames", part.num_frames, limits.max_frames))
+        if isinstance(part, Document):
+            wishes.append(("pages", len(part.pages or ""), 4096))
+        for name, value, ceiling in wishes:
+            if value is not None and value > ceiling:
+                raise Refusal(422, f"{where}: {name} is {value:,}; at most {ceiling:,} is allowed.", param=where)
+
+    def load(
+        self, messages: Sequence[Message], *, is_cancelled: Callable[[], bool] = lambda: False
+    ) -> tuple[list[Message], list[Medium], float]:
+        """The conversation with its media loaded, the media in order, and the seconds it took."""
+        start = time.monotonic()
+        loaded: dict[int, list[Medium]] = {}
+        left = self.max_tokens
+        for where, part in _media_of(messages):
+            loaded[id(part)] = []
+            try:
+                for medium in self._loaded(part):
+                    left -= medium.visual.num_tokens
+                    if left < 0:
+                        raise ValueError(
+                            f"with this one the media have more than the {self.max_tokens:,} tokens that fit; send fewer or smaller ones."
+                        )
+                    if is_cancelled():
+                        raise Refusal(408, "The client went away.")
+                    loaded[id(part)].append(medium)
+            except ValueError as error:
+                text = safe_sentence(error, "the file could not be read.")
+                raise Refusal(400, f"{where}: {text}", param=where, code="media") from error
+        media = [medium for found in loaded.values() for medium in found]
+        return [_with_media(message, loaded) for message in messages], media, time.monotonic() - start
+
+    def _loaded(self, part: Image | Video | Document) -> Iterator[Medium]:
+        images, videos = self.processor.image_budget, self.processor.video_sampling
+        assert images is not None and videos is not None
+        with ExitStack() as files:
+
+            def opened(source: str) -> BinaryIO:
+                return files.enter_context(self._open(source))
+
+            if isinstance(part, Image):
+                raster = load_image(opened(part.source), self.pool)
+                budget = image_budget_for(images, part.min_tokens, part.max_tokens)
+                yield Medium(kind="image", visual=image_patches(raster, budget))
+            elif isinstance(part, Document):
+                budget = image_budget_for(images, None, part.max_tokens)
+                for page in load_document(opened(part.source), part.pages, budget, self.pool):
+                    yield Medium(kind="page", visual=page)
+            elif isinstance(part.source, tuple):
+                frames = [opened(frame) for frame in part.source]
+                sampling = video_sampling_for(videos, part)
+                visual = frames_video(frames, sampling, self.pool, fps=part.frame_fps, seconds=part.frame_seconds)
+                yield Medium(kind="video", visual=visual)
+            else:
+                sampling = video_sampling_for(videos, part)
+                yield Medium(kind="video", visual=load_video(opened(part.source), sampling, self.pool))
+
+    def _open(self, source: str) -> BinaryIO:
+        """Off until allowed: an address by its domain, a file by its folder. What is allowed is nobody's business."""
+        kind = source[:32].lower()
+        if not kind.startswith("data:"):
+            if kind.startswith(("http://", "https://")):
+                if not self.allows_addresses:
+                    raise MediaError("this server fetches nothing; send the file itself as a data URI.")
+            elif not self.allows_files:
+                raise MediaError("this server reads no files of its own; send the file itself as a data URI.")
+        try:
+            return self.fetcher.open(source)
+        except MediaError as error:
+            text = str(error)
+            if "is not allowed" in text or "not on the public internet" in text or "cannot be found" in text:
+                # One sentence for all three: which names exist inside is nobody's business either.
+                raise MediaError(
+                    "this server may not fetch from that host; send the file itself as a data URI."
+                ) from error
+            raise
+
+
+def media_key(visual: Visual) -> bytes:
+    """A digest of what the network sees of it, so that one size, mode or rate is never taken for another (CVE-2025-46722: a picture
+    of 30x100 was one of 100x30)."""
+    shapes = (visual.kind, visual.grid_I3.tolist(), tuple(visual.patch_PX.shape), str(visual.patch_PX.dtype))
+    digest = hashlib.blake2b(repr(shapes).encode(), digest_size=32)
+    digest.update(visual.patch_PX.contiguous().numpy().data)
+    return digest.digest()
+
+
+def _media_of(messages: Sequence[Message]) -> Iterator[tuple[str, Image | Video | Document]]:
+    for i, message in enumerate(messages):
+        for j, part in enumerate(message.content):
+            if isinstance(part, MEDIA):
+                yield f"messages[{i}].content[{j}]", part
+
+
+def _with_media(message: Message, loaded: dict[int, list[Medium]]) -> Message:
+    content: list[ContentPart] = []
+    for part in message.content:
+        if isinstance(part, MEDIA):
+            content += [(Video if m.kind == "video" else Image)(m.visual) for m in loaded[id(part)]]
+        else:
+            content.append(part)
+    return message.with_content(content)
