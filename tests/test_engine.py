@@ -127,7 +127,12 @@ def is_empty(e: Engine) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("nano", torch.float32), ("nano", torch.bfloat16), ("nano-moe", torch.float32)]
+    ("name", "dtype"),
+    [
+        ("nano", torch.float32),
+        ("nano", torch.bfloat16),
+        pytest.param("nano-moe", torch.float32, marks=pytest.mark.slow),
+    ],
 )
 def test_exact_answers_are_the_same_to_the_bit_alone_in_company_pushed_out_and_from_the_cache(
     name: str, dtype: torch.dtype

@@ -417,7 +417,7 @@ class Machine(RuleBasedStateMachine):
         assert self.blocks.num_available == self.blocks.num_blocks
 
 
-Machine.TestCase.settings = settings(max_examples=150, stateful_step_count=30, deadline=None, derandomize=True)
+Machine.TestCase.settings = settings(max_examples=80, stateful_step_count=30, deadline=None, derandomize=True)
 test_any_schedule_loses_no_block_and_starves_nobody = Machine.TestCase
 
 

@@ -74,6 +74,7 @@ def ask(url: str, tokens: int, lines: list[str]) -> None:
         lines += [line for line in reply.iter_lines() if line]
 
 
+@pytest.mark.slow  # a second process
 def test_sigterm_finishes_what_runs_and_takes_nothing_new(
     process: tuple[subprocess.Popen[str], str, list[str]],
 ) -> None:

@@ -91,7 +91,7 @@ def test_lora_leaves_the_base_alone_and_writes_an_adapter_peft_can_read(here: Pa
     assert changed and all("language_model.layers" in name and name.endswith("_proj.weight") for name in changed)
 
 
-@pytest.mark.parametrize("extra", [(), ("--lora-rank", "4")])
+@pytest.mark.parametrize("extra", [(), pytest.param(("--lora-rank", "4"), marks=pytest.mark.slow)])
 def test_two_ranks_export_what_they_trained(here: Path, extra: tuple[str, ...]) -> None:
     data_import, data_index, train, _ = readme_commands()
     assert cli.main(data_import) == 0

@@ -98,7 +98,7 @@ def killed_at(command: list[str], here: Path, lines: int) -> None:
 
 
 CASES = [
-    ("nano", "LoRA"),
+    pytest.param("nano", "LoRA", marks=pytest.mark.slow),
     ("nano", "full"),
     # In full, 2B widths would need 12 GB of masters and moments, and as much on disk for each checkpoint.
     pytest.param("2B", "LoRA", marks=pytest.mark.slow),

@@ -30,10 +30,10 @@ SHORT: list[tuple[int, str, int | None, int]] = [
     (7, FILM, 7, 4),
     (120, FILM, None, 5),
     (600, "25", None, 24),
-    (2000, "30", None, 67),
-    (2000, FILM, None, 83),
 ]
 LONG: list[tuple[int, str, int | None, int]] = [
+    (2000, "30", None, 67),
+    (2000, FILM, None, 83),
     (600, "25", 600, 300),
     (600, FILM, 599, 300),
     (2000, FILM, 2000, 1000),
