@@ -95,7 +95,7 @@ def asked(story: Story, pupil: Pupil, share: float = 1.0) -> dict[str, tuple[Mak
     Pairs of colour and shape that are kept for the end are never named as a pair, but their shapes are asked for like all others:
     without that the model takes every colour for a proof against the one shape it never came with (dev/LOG.md).
     """
-    shares = {"shapes.name": 0.1, "shapes.shape": 0.08, "shapes.box": 0.38, "shapes.count": 0.16, "digits": 0.22}
+    shares = {"shapes.name": 0.1, "shapes.shape": 0.08, "shapes.box": 0.35, "shapes.count": 0.17, "digits": 0.24}
     makers = {
         name: (of_world(world, pupil.processor, seed=story.seed), share * shares[name])
         for name, world in worlds().items()

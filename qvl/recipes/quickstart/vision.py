@@ -91,7 +91,7 @@ def merge_order(side: int, frames: int) -> np.ndarray:
     return (np.arange(frames)[:, None] * side * side + one).reshape(-1)
 
 
-def judge_patches(objective: Dense, processor: Processor, size: int, *, count: int = 120) -> dict[str, float]:
+def judge_patches(objective: Dense, processor: Processor, size: int, *, count: int = 48) -> dict[str, float]:
     """Share of held-out patches named right, by head. Digits keep their size: their scans are as large as they are."""
     packs = []
     for world, _ in kinds(size).values():
