@@ -84,9 +84,9 @@ QUICK = Size(
     language=600,
     vision=1600,
     connect=100,
-    see=1050,
+    see=960,
     watch=280,
-    remember=(2048, 130),
+    remember=(2048, 80),
     questions=160,
 )
 LONG = Size(
