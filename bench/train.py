@@ -116,8 +116,8 @@ class OurStep:
     def __init__(self, model: Qwen3VL, packs: Sequence[Pack]) -> None:
         # Every token weighs the same, as in transformers, so that the losses can be compared.
         self.objective, self.packs = NextToken(model, power=0.0), packs
-        self.optimizer = Optimizer(self.objective, OptimizerConfig(lr=LR))
         self.world = World(0, 1, model.device)
+        self.optimizer = Optimizer(self.objective, OptimizerConfig(lr=LR), self.world)
 
     def __call__(self) -> float:
         denominator = sum(self.objective.measure(p) for p in self.packs)

@@ -33,16 +33,21 @@ def main(
     is_checkpointed: int = 0,
     watch_every: int = 0,
     replicates: int = 0,
+    is_muon: int = 0,
 ) -> None:
     """`is_checkpointed`: activations are made again in the backward pass. `watch_every`: steps between evaluations and exports.
-    `replicates`: each rank holds the whole model."""
+    `replicates`: each rank holds the whole model. `is_muon`: its matrices learn by Muon."""
     torch.set_num_threads(1)
     world = join_world(torch.device("cpu"), replicates=bool(replicates))
     model = new_model(small(), seed=world.rank if world.replicates else 0)
     stream = Share(world.rank, world.size)
     is_saving = bool(is_checkpointed)
     config = settings(
-        steps, checkpoint_every=checkpoint_every, checkpoint_vision=is_saving, checkpoint_decoder=is_saving
+        steps,
+        checkpoint_every=checkpoint_every,
+        checkpoint_vision=is_saving,
+        checkpoint_decoder=is_saving,
+        optimizer={"name": "muon"} if is_muon else {},
     )
     watchers = []
     if watch_every:

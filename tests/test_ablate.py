@@ -82,7 +82,7 @@ def test_arms_of_a_seed_begin_with_the_same_weights_and_other_seeds_with_others(
 
 
 @pytest.mark.parametrize("name", ["mrope", "timestamps", "deepstack", "v0"])
-def test_arms_of_a_seed_see_the_same_examples_in_the_same_order(name: str) -> None:
+def test_arms_of_a_seed_see_the_same_examples_at_every_step(name: str) -> None:
     ablation = ABLATIONS[name]
     shared = ablation.prepare()
     seen = []
@@ -91,10 +91,9 @@ def test_arms_of_a_seed_see_the_same_examples_in_the_same_order(name: str) -> No
         stream = MadeStream(ablation.learn(shared, arm, 4), config, samples=6, seed=4, ahead=0)
         (step,) = stream.next_step()
         stream.close()
-        seen.append((step.ids, step.batch.patch_PX))
-    for ids, patch_PX in seen[1:]:
-        assert ids == seen[0][0]
-        assert torch.equal(patch_PX, seen[0][1])
+        # Inside a pack shorter samples stand first, and other spellings of time may be shorter.
+        seen.append((sorted(step.ids), int(step.batch.patch_PX.sum()), step.batch.patch_PX.shape))
+    assert seen[1:] == seen[:1] * (len(seen) - 1)
 
 
 # ---- samples

@@ -9,14 +9,15 @@ import torch
 
 from qvl.core.log import read_jsonl
 from qvl.train.checkpoint import newest
+from qvl.train.optimizer import shared_out
 
 HERE = Path(__file__).parent
 
 
-def run(out: Path, ranks: int, steps: int, *, replicates: bool = False) -> None:
+def run(out: Path, ranks: int, steps: int, *, replicates: bool = False, muon: bool = False) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     done = subprocess.run(
-        [*command, str(HERE / "ranks.py"), str(out), str(steps), "0", "0", "0", str(int(replicates))],
+        [*command, str(HERE / "ranks.py"), str(out), str(steps), "0", "0", "0", str(int(replicates)), str(int(muon))],
         cwd=HERE,
         capture_output=True,
         text=True,
@@ -59,6 +60,26 @@ def test_replicas_begin_with_rank_0s_weights_and_stay_one_model(outcomes: tuple[
     assert one is not None and two is not None
     for name, weight in one.weights.items():
         torch.testing.assert_close(two.weights[name], weight, atol=2e-5, rtol=1e-4, msg=name)
+
+
+def test_replicas_share_out_muons_matrices_and_a_run_of_theirs_goes_on_alone(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(one, 1, 2, muon=True)
+    run(two, 2, 2, replicates=True, muon=True)
+    alone, shared = newest(one), newest(two)
+    assert alone is not None and shared is not None
+    assert shared.optimizer.keys() == alone.optimizer.keys()
+    for name, moment in alone.optimizer.items():
+        torch.testing.assert_close(shared.optimizer[name], moment, atol=1e-5, rtol=1e-3, msg=name)
+    run(one, 1, 3, muon=True)
+    run(two, 1, 3, muon=True)
+    losses = [[row["loss"] for row in read_jsonl(out / "log.jsonl")] for out in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_muons_matrices_are_shared_by_what_they_cost() -> None:
+    matrices = {"wide": torch.zeros(4, 8), "square": torch.zeros(4, 4), "long": torch.zeros(6, 4)}
+    assert shared_out(matrices, 2) == {"wide": 0, "long": 1, "square": 1}
 
 
 def test_a_checkpoint_of_two_ranks_resumes_on_one(outcomes: tuple[Path, Path], tmp_path: Path) -> None:

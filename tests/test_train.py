@@ -206,7 +206,7 @@ def test_freezing_everything_is_refused() -> None:
     model = new_model(small())
     freeze(model, Rates(vision=0, mergers=0, language=0))
     with pytest.raises(ValueError, match="nothing is trainable"):
-        Optimizer(model, OptimizerConfig())
+        Optimizer(model, OptimizerConfig(), ALONE)
 
 
 def test_a_broken_newest_checkpoint_is_passed_over(tmp_path: Path) -> None:
@@ -268,7 +268,9 @@ def test_a_run_is_not_resumed_with_another_optimizer(tmp_path: Path, before: str
         trained(tmp_path, new_model(small()), settings(3, optimizer={"name": after}))
     saved = newest(tmp_path)
     assert saved is not None
-    other = Optimizer(NextToken(new_model(small())), OptimizerConfig(name="muon" if after == "muon" else "adamw"))
+    other = Optimizer(
+        NextToken(new_model(small())), OptimizerConfig(name="muon" if after == "muon" else "adamw"), ALONE
+    )
     with pytest.raises(ValueError, match="resume with the same optimizer"):
         other.restore(saved.optimizer)
 
@@ -330,7 +332,7 @@ def test_a_new_checkpoint_stays_where_later_ones_are_broken(tmp_path: Path) -> N
 
 def test_float16_is_not_trained() -> None:
     with pytest.raises(ValueError, match="float16"):
-        Optimizer(new_model(small(), dtype=torch.float16), OptimizerConfig())
+        Optimizer(new_model(small(), dtype=torch.float16), OptimizerConfig(), ALONE)
 
 
 def test_a_run_asked_to_stop_finishes_its_step_saves_and_goes_on_to_the_bit(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The loader: this rank's micro-batches of every step, prefetched in order, resumed exactly from a small state."""
 
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -288,19 +288,20 @@ def make_loader(
     max_bad_rate: float = 0.01,
     buffer: int = 256,
     prefetch_packs: int = 4,
+    select: Callable[[int, Source], Source] = lambda number, source: source,
 ) -> Loader:
     """A loader over indexed shards.
 
     `packs_per_step` is global: a rank gets packs_per_step / world_size of them. `workers` are threads that read ahead. Without `decoder`
     media are decoded in processes of their own that a hang or a crash cannot take along (`WorkerPool`). `cache`: folder for shards of an
     object store. `out`: folder for `quarantine.jsonl`; each rank writes its own. `max_bad_rate`: share of unreadable samples that stops
-    the run.
+    the run. `select`: (its number in the resolved mixture, the source) -> what of the source is read.
     """
     if workers < 0 or prefetch_packs < 1:
         raise ValueError(f"workers is {workers} and prefetch_packs {prefetch_packs}; expected at least 0 and 1.")
     store = Store(cache, cache_bytes)
     mark = fingerprint(processor)
-    sources = tuple(open_source(config, mark, store) for config in mixture.resolved())
+    sources = tuple(select(i, open_source(config, mark, store)) for i, config in enumerate(mixture.resolved()))
     plan = Plan(
         [source.lengths for source in sources],
         mixture.stage_weights(),

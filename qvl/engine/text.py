@@ -37,12 +37,12 @@ class TextOutput:
             self.is_stopped = True
             text, self.held = self.held[: min(found)[1]], ""
             return text
-        keep = max((_overlap(self.held, stop) for stop in self.stop), default=0)
+        keep = max((overlap(self.held, stop) for stop in self.stop), default=0)
         cut = len(self.held) - keep
         text, self.held = self.held[:cut], self.held[cut:]
         return text
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Longest end of `text` that begins `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

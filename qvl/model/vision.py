@@ -11,6 +11,7 @@ from qvl.model.attention import Layout, Packed
 from qvl.model.config import VisionConfig
 from qvl.model.layers import Linear, RunBlock, run_plainly
 from qvl.model.merger import Merger
+from qvl.model.rope import rotate
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,10 @@ class VisionAttention(nn.Module):
         self.proj = Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x_PC: Tensor, cos_PH: Tensor, sin_PH: Tensor, layout: Layout) -> Tensor:
-        q_PNH, k_PNH, v_PNH = self.qkv(x_PC).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
-        q_PNH, k_PNH = _rotate_fp32(q_PNH, cos_PH, sin_PH), _rotate_fp32(k_PNH, cos_PH, sin_PH)
+        heads = self.qkv(x_PC).unflatten(-1, (3 * self.num_heads, -1))
+        both, v_PNH = heads.split((2 * self.num_heads, self.num_heads), dim=1)
+        # One turn for queries and keys, in fp32 whatever the tower's dtype (the decoder casts cos and sin instead).
+        q_PNH, k_PNH = rotate(both.float(), cos_PH, sin_PH).to(x_PC.dtype).chunk(2, dim=1)
         return self.proj(self.attend(q_PNH, k_PNH, v_PNH, layout).flatten(-2))
 
     def attend(self, q_PNH: Tensor, k_PNH: Tensor, v_PNH: Tensor, layout: Layout) -> Tensor:
@@ -213,14 +216,6 @@ def rotary_2d(places: PatchPlaces, head_dim: int) -> tuple[Tensor, Tensor]:
     angle_PH = torch.cat((places.row_P[:, None] * inverse, places.column_P[:, None] * inverse), dim=-1)
     angle_PH = torch.cat((angle_PH, angle_PH), dim=-1)
     return angle_PH.cos(), angle_PH.sin()
-
-
-def _rotate_fp32(x_PNH: Tensor, cos_PH: Tensor, sin_PH: Tensor) -> Tensor:
-    """Rotate-half in fp32 whatever the tower's dtype, cast back at the end (the decoder casts cos and sin instead)."""
-    a, b = x_PNH.float().chunk(2, dim=-1)
-    half = a.shape[-1]
-    cos, sin = cos_PH[:, None, :half], sin_PH[:, None, :half]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_PNH.dtype)
 
 
 def frame_chunks(frame_lengths: tuple[int, ...], max_patches: int) -> list[tuple[int, ...]]:

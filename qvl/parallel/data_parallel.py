@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,10 @@ class World:
     device: torch.device
     replicates: bool = False
     """Each rank holds the whole model: for models so small that gathering their shards costs more than computing with them."""
+
+    @property
+    def has_replicas(self) -> bool:
+        return self.replicates and self.size > 1
 
     def sum(self, value: float) -> float:
         """Over all ranks, in fp64."""
@@ -99,13 +103,25 @@ def shard(model: Qwen3VL, root: nn.Module, world: World) -> None:
 
 def sum_over_replicas(masters: Iterable[Tensor], world: World) -> None:
     """Add the ranks' fp32 gradients in one message; where a rank did not reach a parameter it counts as zero. Shards are summed already."""
-    if world.size == 1 or not world.replicates:
+    if not world.has_replicas:
         return
     masters = list(masters)
     flat = torch.cat([(torch.zeros_like(m) if m.grad is None else m.grad).flatten() for m in masters])
     dist.all_reduce(flat)
     for master, part in zip(masters, flat.split([m.numel() for m in masters]), strict=True):
         master.grad = part.view_as(master)
+
+
+def from_owners(tensors: Sequence[Tensor], owners: Sequence[int], world: World) -> list[Tensor]:
+    """Each tensor as the rank that owns it holds it, to the bit, in one message: the other ranks add zeros."""
+    flat = torch.cat(
+        [
+            (t if owner == world.rank else torch.zeros_like(t)).flatten()
+            for t, owner in zip(tensors, owners, strict=True)
+        ]
+    )
+    dist.all_reduce(flat)
+    return [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
 
 
 def whole(x: Tensor) -> Tensor:

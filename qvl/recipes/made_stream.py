@@ -34,7 +34,10 @@ class MadePack:
 
 
 def packed(samples: list[Sample], ids: tuple[str, ...], categories: tuple[str, ...], config: ModelConfig) -> MadePack:
-    return MadePack(pack(samples, config), ids, categories)
+    """Equal lengths side by side: attention takes each run of them in one call."""
+    order = sorted(range(len(samples)), key=lambda i: samples[i].num_tokens)
+    batch = pack([samples[i] for i in order], config)
+    return MadePack(batch, tuple(ids[i] for i in order), tuple(categories[i] for i in order))
 
 
 class MadeStream:

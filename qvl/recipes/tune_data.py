@@ -8,17 +8,15 @@ import numpy as np
 
 from qvl.core.batch import Sample
 from qvl.core.log import log
-from qvl.data.index import fingerprint
-from qvl.data.loader import Loader, MicroBatch
+from qvl.data.loader import Loader, MicroBatch, make_loader
 from qvl.data.mixture import Mixture
 from qvl.data.packing import PackBudget
-from qvl.data.plan import Item, Lengths, Plan
-from qvl.data.quarantine import FILE, Quarantine
-from qvl.data.source import Source, open_source
+from qvl.data.plan import Item, Lengths
+from qvl.data.source import Source
 from qvl.data.store import Store
 from qvl.model.config import ModelConfig
 from qvl.model.pack import pack
-from qvl.outside.workers import Decoder, WorkerPool
+from qvl.outside.workers import Decoder
 from qvl.parallel.data_parallel import World
 from qvl.prompt.processor import Processor
 
@@ -74,36 +72,27 @@ def open_data(
     out: Path,
 ) -> tuple[Loader, HeldOut]:
     """The loader over what is trained on, and what is held out of the mixture's own sources (not of what is replayed)."""
-    store, mark = Store(), fingerprint(processor)
-    sources, held = [], []
-    for number, config in enumerate(mixture.resolved()):
-        source = open_source(config, mark, store)
-        share = held_out if number < len(mixture.sources) else 0.0
-        trained, kept = split(source, share)
-        sources.append(trained)
+    held: list[Source] = []
+
+    def trained_part(number: int, source: Source) -> Source:
+        trained, kept = split(source, held_out if number < len(mixture.sources) else 0.0)
         held.append(kept)
-    plan = Plan(
-        [source.lengths for source in sources],
-        mixture.stage_weights(),
-        budget,
-        packs_per_step=packs_per_step,
-        seed=seed,
-    )
-    decoder = WorkerPool(size=max(1, workers))
-    name = FILE if world.size == 1 else f"{Path(FILE).stem}-{world.rank}.jsonl"
-    loader = Loader(
-        tuple(sources),
-        plan,
+        return trained
+
+    loader = make_loader(
+        mixture,
         processor,
         model_config,
-        quarantine=Quarantine(out / name, max_rate=0.01),
-        decoder=decoder,
-        store=store,
-        mark=mark,
+        pack_tokens=budget.tokens,
+        pack_patches=budget.patches,
+        packs_per_step=packs_per_step,
+        seed=seed,
         rank=world.rank,
         world_size=world.size,
         workers=workers,
-        prefetch_packs=4,
+        out=out,
+        buffer=budget.buffer,
+        select=trained_part,
     )
     held_out_records = HeldOut(
         sources=tuple(held),
@@ -111,8 +100,8 @@ def open_data(
         processor=processor,
         model_config=model_config,
         budget=budget,
-        store=store,
-        decoder=decoder,
+        store=loader.store,
+        decoder=loader.decoder,
     )
     return loader, held_out_records
 

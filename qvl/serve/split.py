@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from qvl.engine.text import overlap
 from qvl.prompt.answer import CALL_HEAD, MARKS, read_call
 from qvl.prompt.message import ToolCall
 from qvl.prompt.tokenizer import Tokenizer
@@ -94,7 +95,7 @@ class Splitter:
             self._awaited.pop(0)
             yield from self._plain(before)
             yield from self._mark(mark)
-        keep = max((_overlap(self._text, mark) for mark in self._awaited[:1]), default=0)
+        keep = max((overlap(self._text, mark) for mark in self._awaited[:1]), default=0)
         cut = len(self._text) - keep
         text, self._text = self._text[:cut], self._text[cut:]
         yield from self._plain(text)
@@ -233,7 +234,3 @@ class _Call:
 def _name(text: str) -> str | None:
     call = read_call(f'{{"name": {text}, "arguments": {{}}}}')
     return call.name if isinstance(call, ToolCall) else None
-
-
-def _overlap(text: str, mark: str) -> int:
-    return next((n for n in range(min(len(text), len(mark) - 1), 0, -1) if text.endswith(mark[:n])), 0)

@@ -123,7 +123,7 @@ def _fit(
     assert isinstance(objective, nn.Module)
     freeze(objective.model, config.optimizer.rates)
     shard(objective.model, objective, world)
-    optimizer = Optimizer(objective, config.optimizer)
+    optimizer = Optimizer(objective, config.optimizer, world)
     guard = SpikeGuard(sigmas=config.spike_sigmas)
     kept = _settings(config, settings)
     first = _resume(out, objective, optimizer, stream, guard, kept)

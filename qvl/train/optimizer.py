@@ -1,12 +1,13 @@
 """AdamW, or Muon on hidden matrices, over fp32 masters of whatever the model is held in."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from qvl.parallel.data_parallel import World, from_owners
 from qvl.train.parameters import Rates, groups
 
 
@@ -31,11 +32,12 @@ class OptimizerConfig:
 class Optimizer:
     """Holds an fp32 copy of each trainable parameter, gathers gradients there in fp32, and writes the parameters back after a step.
 
-    Where the model itself is fp32 the copies are the parameters, so nothing is held twice.
+    Where the model itself is fp32 the copies are the parameters, so nothing is held twice. Replicas share out Muon's matrices: each rank
+    orthogonalises its own and passes them on, for that is the costly part of a step.
     """
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
-        self.config = config
+    def __init__(self, model: nn.Module, config: OptimizerConfig, world: World) -> None:
+        self.config, self.world = config, world
         self.parameters: dict[str, nn.Parameter] = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if half := next((n for n, p in self.parameters.items() if p.dtype == torch.float16), None):
             raise ValueError(
@@ -64,6 +66,9 @@ class Optimizer:
         if adam:
             # One pass over memory instead of a dozen.
             self.inner.append(torch.optim.AdamW(adam, lr=config.lr, betas=config.betas, eps=config.eps, fused=True))
+        self.owners: dict[str, int] = {}
+        if muon and world.has_replicas:
+            self.owners = shared_out({n: self.masters[n] for group in muon for n in group["names"]}, world.size)
         if muon:
             # match_rms_adamw scales an update to AdamW's size, so that one learning rate serves both (arXiv 2502.16982).
             self.inner.append(
@@ -98,12 +103,23 @@ class Optimizer:
         for master in self.masters.values():
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
+        for name, owner in self.owners.items():
+            if owner != self.world.rank:
+                self.masters[name].grad = None  # the optimizer passes over it
         for optimizer in self.inner:
             for group in optimizer.param_groups:
                 group["lr"] = group["rate"] * factor
             optimizer.step()
+        self._hand_round()
         self.write_back()
         self.clear()
+
+    @torch.no_grad()
+    def _hand_round(self) -> None:
+        if self.owners:
+            mine = [self.masters[name] for name in self.owners]
+            for master, new in zip(mine, from_owners(mine, [*self.owners.values()], self.world), strict=True):
+                master.copy_(new)
 
     @torch.no_grad()
     def write_back(self) -> None:
@@ -119,11 +135,17 @@ class Optimizer:
             self.parameters[name].grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor a resume needs, as `kind/parameter`: masters, and each optimizer's moments and counters."""
+        """Every tensor a resume needs, as `kind/parameter`: masters, and each optimizer's moments and counters. All ranks call it."""
         out = {f"master/{n}": m.detach() for n, m in self.masters.items() if m is not self.parameters[n]}
         for optimizer, name, master in self._slots():
             for kind, value in optimizer.state.get(master, {}).items():
                 out[f"{kind}/{name}"] = value if isinstance(value, Tensor) else torch.tensor(value)
+        if self.owners:
+            kinds = [f"momentum_buffer/{name}" for name in self.owners]
+            held = [
+                out.get(kind, torch.zeros_like(self.masters[n])) for kind, n in zip(kinds, self.owners, strict=True)
+            ]
+            out |= dict(zip(kinds, from_owners(held, [*self.owners.values()], self.world), strict=True))
         return out
 
     @torch.no_grad()
@@ -164,3 +186,14 @@ class Optimizer:
             for group in optimizer.param_groups:
                 for name, master in zip(group["names"], group["params"], strict=True):
                     yield optimizer, name, master
+
+
+def shared_out(matrices: Mapping[str, Tensor], ranks: int) -> dict[str, int]:
+    """Name -> the rank that orthogonalises it: the costliest first, each to the rank with the least work so far."""
+    work = [0] * ranks
+    owners: dict[str, int] = {}
+    cost = {name: m.numel() * min(m.shape) for name, m in matrices.items()}
+    for name in sorted(cost, key=lambda name: (-cost[name], name)):
+        owners[name] = work.index(min(work))
+        work[owners[name]] += cost[name]
+    return owners

@@ -42,10 +42,9 @@ class PatchLabels:
 
 def patch_labels(facts: object, side: int) -> PatchLabels:
     """Labels of a plan's facts (things, a digit, or a clip with a frame for each slice) on a grid of side x side patches a frame."""
-    if isinstance(facts, Thing):
-        facts = (facts,)
     if isinstance(facts, Clip):
-        frames = [[t for t, a, b in _spans(facts) if a < 2 * i + 2 and b > 2 * i] for i in range(len(facts.marks))]
+        spans = tuple(zip(facts.things, facts.first, facts.last, strict=True))
+        frames = [[t for t, a, b in spans if a < 2 * i + 2 and b > 2 * i] for i in range(len(facts.marks))]
         return _joined([_of_things(things, side) for things in frames])
     if isinstance(facts, Written):
         return _of_digit(facts, side)
@@ -54,10 +53,6 @@ def patch_labels(facts: object, side: int) -> PatchLabels:
     raise ValueError(
         f"a {type(facts).__name__} has no patch labels; give the facts of a shapes, digits or clips world."
     )
-
-
-def _spans(clip: Clip) -> zip:
-    return zip(clip.things, clip.first, clip.last, strict=True)
 
 
 def _of_things(things: Sequence[Thing], side: int) -> PatchLabels:

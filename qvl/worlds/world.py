@@ -36,6 +36,8 @@ class Example:
     truth: Mapping[str, Any]
     """What the scorer of that name needs, and facts about the scene."""
     scorer: str
+    facts: Any = None
+    """The plan's: what is shown, for exact labels of its parts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +92,7 @@ class World:
             answer=plan.answer,
             truth=plan.truth,
             scorer=plan.scorer,
+            facts=plan.facts,
         )
 
     def planned(self, seed: int, index: int, split: Split = "train") -> Plan:

@@ -9,15 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from qvl.core.log import JsonlWriter, log, read_jsonl
 from qvl.model.qwen3vl import Qwen3VL
-from qvl.parallel.data_parallel import World as Ranks
 from qvl.recipes.ablate.ablation import Ablation, Material, Trained
 from qvl.recipes.ablate.arm import Arm, config_of
 from qvl.recipes.ablate.toy import toy_config, toy_model
-from qvl.recipes.made_stream import MadeStream
+from qvl.recipes.made_stream import ALONE, MadeStream
 from qvl.train.loop import LoopConfig, StepReport, Watcher, fit
 from qvl.train.objective import NextToken
 from qvl.train.optimizer import OptimizerConfig
@@ -26,7 +23,6 @@ from qvl.train.schedule import Schedule
 
 Row = dict[str, Any]
 Told = Callable[[str], None]
-ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 def run_ablation(ablation: Ablation, out: Path, *, seeds: int, steps: int, tell: Told = log.info) -> list[Row]:

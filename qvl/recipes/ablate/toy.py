@@ -16,7 +16,7 @@ from qvl.prompt.message import Text
 from qvl.prompt.processor import Processor
 from qvl.prompt.sampling import VideoSampling
 from qvl.prompt.tokenizer import Tokenizer
-from qvl.recipes.quickstart.vocabulary import train_tokenizer
+from qvl.recipes.quickstart.vocabulary import for_tokenizer, train_tokenizer
 from qvl.worlds.world import World
 
 
@@ -44,11 +44,10 @@ def toy_config(tokenizer: Tokenizer) -> ModelConfig:
     """Qwen3-VL's shape: two DeepStack levels into three decoder layers, sections of the rotary axes as in the quickstart."""
     nano = preset("nano")
     assert nano.vision is not None
-    return replace(
+    shape = replace(
         nano,
         text=replace(
             nano.text,
-            vocab_size=-(-tokenizer.num_ids // 64) * 64,
             hidden_size=96,
             intermediate_size=256,
             num_hidden_layers=3,
@@ -57,8 +56,6 @@ def toy_config(tokenizer: Tokenizer) -> ModelConfig:
             head_dim=32,
             rope=RopeConfig(theta=10_000.0, scheme="interleaved", section=(6, 5, 5)),
             max_position_embeddings=32768,
-            bos_token_id=tokenizer.control_id("<|endoftext|>"),
-            eos_token_id=tokenizer.control_id("<|im_end|>"),
         ),
         vision=replace(
             nano.vision,
@@ -72,11 +69,8 @@ def toy_config(tokenizer: Tokenizer) -> ModelConfig:
             pos_embed_init="sincos",
         ),
         tie_word_embeddings=False,
-        image_token_id=tokenizer.control_id("<|image_pad|>"),
-        video_token_id=tokenizer.control_id("<|video_pad|>"),
-        vision_start_token_id=tokenizer.control_id("<|vision_start|>"),
-        vision_end_token_id=tokenizer.control_id("<|vision_end|>"),
     )
+    return for_tokenizer(shape, tokenizer)
 
 
 @torch.no_grad()

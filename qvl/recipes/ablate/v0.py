@@ -6,9 +6,9 @@ from pathlib import Path
 from qvl.model.qwen3vl import Qwen3VL
 from qvl.recipes.ablate.ablation import Ablation, Material, answers_right, surprise
 from qvl.recipes.ablate.arm import Arm, maker_of
-from qvl.recipes.ablate.runner import ALONE, loop_config
+from qvl.recipes.ablate.runner import loop_config
 from qvl.recipes.ablate.toy import toy_processor
-from qvl.recipes.made_stream import MadeStream, Maker
+from qvl.recipes.made_stream import ALONE, MadeStream, Maker
 from qvl.recipes.quickstart.vision import labelled, labelled_pack
 from qvl.train.contrastive import V0_RATES
 from qvl.train.dense import Dense

@@ -11,6 +11,7 @@ from qvl.prompt.tokenizer import Tokenizer
 from qvl.recipes.made_stream import Maker, of_repeats, of_text, of_world
 from qvl.recipes.quickstart.ngram import KneserNey
 from qvl.recipes.quickstart.story import Lesson, Pupil, Skill, Story
+from qvl.recipes.quickstart.vocabulary import for_tokenizer
 from qvl.train.objective import NextToken
 from qvl.train.parameters import Rates
 from qvl.worlds import needle
@@ -113,13 +114,11 @@ def small_model(tokenizer: Tokenizer, *, seed: int = 0) -> Qwen3VL:
 def small_config(tokenizer: Tokenizer) -> ModelConfig:
     nano = preset("nano")
     assert nano.vision is not None
-    rows = -(-tokenizer.num_ids // 64) * 64
     vision = replace(nano.vision, deepstack_visual_indexes=(1, 2), num_position_embeddings=64, pos_embed_init="sincos")
-    return replace(
+    shape = replace(
         nano,
         text=replace(
             nano.text,
-            vocab_size=rows,
             hidden_size=128,
             intermediate_size=384,
             num_hidden_layers=4,
@@ -128,13 +127,8 @@ def small_config(tokenizer: Tokenizer) -> ModelConfig:
             head_dim=32,
             rope=RopeConfig(theta=10_000.0, scheme="interleaved", section=(6, 5, 5)),
             max_position_embeddings=32768,
-            bos_token_id=tokenizer.control_id("<|endoftext|>"),
-            eos_token_id=tokenizer.control_id("<|im_end|>"),
         ),
         vision=replace(vision, depth=4, hidden_size=96, num_heads=4, intermediate_size=384, out_hidden_size=128),
         tie_word_embeddings=False,
-        image_token_id=tokenizer.control_id("<|image_pad|>"),
-        video_token_id=tokenizer.control_id("<|video_pad|>"),
-        vision_start_token_id=tokenizer.control_id("<|vision_start|>"),
-        vision_end_token_id=tokenizer.control_id("<|vision_end|>"),
     )
+    return for_tokenizer(shape, tokenizer)

@@ -24,7 +24,7 @@ def remember(story: Story, pupil: Pupil, *, before: float) -> None:
         # Shares count samples, and a long needle is as long as dozens of pictures.
         world = hay(pupil, longest // part, ask_all=True)
         makers[f"needle{longest // part}"] = (of_world(world, pupil.processor, seed=story.seed + 3), 0.02 * part)
-    lesson = Lesson(name="S3", steps=steps, samples=24, lr=8e-4, rates=Rates(vision=0.3))
+    lesson = Lesson(name="S3", steps=steps, samples=24, lr=6e-4, rates=Rates(vision=0.3))
     seconds = story.teach(NextToken(pupil.model), makers, lesson, seed=40)
     got, without, constant = find(story, pupil, longest)
     story.note(

@@ -84,8 +84,8 @@ QUICK = Size(
     language=600,
     vision=1600,
     connect=100,
-    see=960,
-    watch=280,
+    see=520,
+    watch=250,
     remember=(2048, 80),
     questions=160,
 )
@@ -94,7 +94,7 @@ LONG = Size(
     language=3000,
     vision=8000,
     connect=400,
-    see=7000,
+    see=4000,
     watch=2500,
     remember=(4096, 1000),
     questions=400,
@@ -110,7 +110,6 @@ class Lesson:
     samples: int
     lr: float
     rates: Rates = field(default_factory=Rates)
-    decay_part: float = 0.4
 
 
 @dataclass(kw_only=True, eq=False)
@@ -184,7 +183,7 @@ class Story:
                 weight_decay=0.02,
                 rates=lesson.rates,
             ),
-            schedule=Schedule(kind="wsd", warmup_steps=20, decay_part=lesson.decay_part, final=0.05),
+            schedule=Schedule(kind="wsd", warmup_steps=20, decay_part=0.4, final=0.05),
             seed=self.seed,
         )
         out = self.work / "lessons" / lesson.name

@@ -72,7 +72,7 @@ def labelled(world: World, processor: Processor, *, seed: int, split: Split = "t
         example = world(seed, index, split)
         visual = processor.load(example.messages[0].parts[0])  # type: ignore[arg-type]
         side = int(visual.grid_I3[0, 1])
-        labels = patch_labels(world.planned(seed, index, split).facts, side)
+        labels = patch_labels(example.facts, side)
         order_P = merge_order(side, len(visual.grid_I3))
         named = {f.name: torch.from_numpy(getattr(labels, f.name)[order_P]) for f in fields(PatchLabels)}
         return example.id, (visual.patch_PX, visual.grid_I3, DenseLabels(**named))

@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
+from qvl.model.config import ModelConfig
 from qvl.prompt.control import QWEN3_VL_CONTROL
 from qvl.prompt.message import Text
 from qvl.prompt.tokenizer import ControlToken, Tokenizer, byte_letters, describe
@@ -33,6 +35,25 @@ def train_tokenizer(texts: Sequence[str], *, size: int = 1024) -> Tokenizer:
         for i, (name, special) in enumerate(QWEN3_VL_CONTROL.items())
     ]
     return Tokenizer(describe(trained["vocab"], merges, added), eos="<|im_end|>", pad="<|endoftext|>")
+
+
+def for_tokenizer(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """The config with this tokenizer's ids, and rows for them all, rounded up to 64."""
+    id_of = tokenizer.control_id
+    text = replace(
+        config.text,
+        vocab_size=-(-tokenizer.num_ids // 64) * 64,
+        bos_token_id=id_of("<|endoftext|>"),
+        eos_token_id=id_of("<|im_end|>"),
+    )
+    return replace(
+        config,
+        text=text,
+        image_token_id=id_of("<|image_pad|>"),
+        video_token_id=id_of("<|video_pad|>"),
+        vision_start_token_id=id_of("<|vision_start|>"),
+        vision_end_token_id=id_of("<|vision_end|>"),
+    )
 
 
 def spoken() -> list[str]:
