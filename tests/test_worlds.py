@@ -116,6 +116,9 @@ def test_a_needles_prior_is_what_the_best_constant_answer_earns() -> None:
     assert small.prior.score == 0.2
     assert earned == pytest.approx(0.2, abs=0.04)
     assert best in ("green", "blue")  # colours that no tag lacks in train
+    ten = needle.tagged(64, answers=10)
+    assert ten.prior.score == pytest.approx(4 / 36)
+    assert {plan.answer.split()[1] for plan in plans(ten, 200)} == set(needle.VALUES)
 
 
 @pytest.mark.parametrize("name", ["shapes.name", "shapes.count", "digits", "clips.at_second", "text.digit"])

@@ -14,7 +14,8 @@ from qvl.worlds.world import Plan, Prior, Split, World, belongs, combinations
 
 KEYS = ("anchor", "basket", "candle", "drum")
 """Few, because recall over many keys comes late and all at once; over four it comes soon."""
-VALUES = tuple(COLOURS)
+VALUES = (*COLOURS, "orange", "pink", "white", "black")
+"""A text uses the first so many of them."""
 
 
 def count_words(text: str) -> int:
@@ -29,8 +30,11 @@ def tagged(
     measure: Callable[[str], int] = count_words,
     distractors: int = 8,
     ask_all: bool = False,
+    answers: int = len(COLOURS),
 ) -> World:
     """The colour behind one of four tags, each of which is set once; `distractors` sentences name colours without a tag.
+
+    `answers`: how many colours there are.
 
     The text is at least `length` long by `measure`: words, of which any tokenizer makes at least as many tokens, or the tokens of your
     own tokenizer. `depth` says where the needle stands, 0 at the start and 1 at the end; without it, anywhere. `hay` is real prose to
@@ -40,21 +44,23 @@ def tagged(
         raise ValueError(f"length is {length}; give at least 32, which holds the four tags.")
     if depth is not None and not 0 <= depth <= 1:
         raise ValueError(f"depth is {depth}; it goes from 0, the start, to 1, the end.")
+    if not 2 <= answers <= len(VALUES):
+        raise ValueError(f"answers is {answers}; give 2 to {len(VALUES)}.")
     if hay is not None:
         measure = hay.measure
     size_of = cache(measure)
 
     def plan(random: Generator, split: Split) -> Plan:
-        pairs = combinations(len(KEYS), len(VALUES), split)
+        pairs = combinations(len(KEYS), answers, split)
         asked, value = pairs[random.integers(len(pairs))]
-        known = combinations(len(KEYS), len(VALUES), "train")
+        known = combinations(len(KEYS), answers, "train")
         said = {asked: value}
         for other in range(len(KEYS)):
             if other != asked:
                 values = [v for k, v in known if k == other]
                 said[other] = values[random.integers(len(values))]
         facts = [fact(key, value) for key, value in said.items()]
-        facts += [_untagged(random) for _ in range(distractors)]
+        facts += [_untagged(random, answers) for _ in range(distractors)]
         sentences: list[str] = []
         size = sum(map(size_of, facts))
         while size < length:
@@ -68,7 +74,7 @@ def tagged(
         answer = VALUES[value]
         truth = {
             "answer": answer,
-            "others": [v for v in VALUES if v != answer],
+            "others": [v for v in VALUES[:answers] if v != answer],
             "key": KEYS[asked],
             "depth": text.index(facts[0]) / (len(text) - len(facts[0])),
             "length": size,
@@ -84,7 +90,7 @@ def tagged(
             follow_ups=tuple((question(KEYS[key]), pair(key, said[key])) for key in rest),
         )
 
-    return World(name=f"needle{length}", category="long_text", plan=plan, show=_show, find_prior=prior)
+    return World(name=f"needle{length}", category="long_text", plan=plan, show=_show, find_prior=lambda: prior(answers))
 
 
 def question(key: str) -> str:
@@ -100,11 +106,11 @@ def fact(key: int, value: int) -> str:
     return f"Tag {pair(key, value)}."
 
 
-def prior() -> Prior:
+def prior(answers: int) -> Prior:
     """Who sees the key knows which colours it may have, each equally likely."""
-    pairs = combinations(len(KEYS), len(VALUES), "train")
-    shares = [sum(column == value for _, column in pairs) / len(pairs) for value in range(len(VALUES))]
-    best = max(range(len(VALUES)), key=shares.__getitem__)
+    pairs = combinations(len(KEYS), answers, "train")
+    shares = [sum(column == value for _, column in pairs) / len(pairs) for value in range(answers)]
+    best = max(range(answers), key=shares.__getitem__)
     nats = [math.log(sum(row == key for row, _ in pairs)) for key in range(len(KEYS))]
     return Prior(answer=VALUES[best], score=shares[best], nats=sum(nats) / len(nats))
 
@@ -140,10 +146,10 @@ def _made_up(random: Generator, split: Split) -> str:
             return made
 
 
-def _untagged(random: Generator) -> str:
+def _untagged(random: Generator, answers: int) -> str:
     """A colour in the same kind of sentence, but of a thing that is no tag."""
     thing = ("door", "coat", "boat", "kettle")[random.integers(4)]
-    return f"The {thing} {('is', 'was')[random.integers(2)]} {VALUES[random.integers(len(VALUES))]}."
+    return f"The {thing} {('is', 'was')[random.integers(2)]} {VALUES[random.integers(answers)]}."
 
 
 def _inserted(hay: Sequence[str], facts: Sequence[str], places: Sequence[int], random: Generator) -> list[str]:

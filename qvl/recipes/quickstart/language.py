@@ -30,7 +30,7 @@ def tell(story: Story, pupil: Pupil) -> None:
         makers[name] = (of_world(world(name), pupil.processor, seed=story.seed), 1.2)
     for length, share in ((64, 2.0), (160, 0.5)):
         makers[f"needle{length}"] = (
-            of_world(hay(pupil, length, ask_all=True), pupil.processor, seed=story.seed),
+            of_world(hay(story, pupil, length, ask_all=True), pupil.processor, seed=story.seed),
             share,
         )
     makers["repeats"] = (of_repeats(pupil.prose_T, 40, seed=story.seed), 2.0)
@@ -84,9 +84,16 @@ def judged_prose(pupil: Pupil) -> str:
     return "\n\n".join(pupil.held_out)[:60_000]
 
 
-def hay(pupil: Pupil, length: int, *, ask_all: bool = False, depth: float | None = None) -> World:
+def hay(story: Story, pupil: Pupil, length: int, *, ask_all: bool = False, depth: float | None = None) -> World:
     """A needle among real prose, `length` of the pupil's own tokens; few distractors where the text is short."""
-    return needle.tagged(length, depth=depth, hay=pupil.hay, distractors=2 if length < 200 else 8, ask_all=ask_all)
+    return needle.tagged(
+        length,
+        depth=depth,
+        hay=pupil.hay,
+        distractors=2 if length < 200 else 8,
+        ask_all=ask_all,
+        answers=story.size.answers,
+    )
 
 
 def small_model(tokenizer: Tokenizer, *, seed: int = 0) -> Qwen3VL:

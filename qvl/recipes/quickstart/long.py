@@ -22,7 +22,7 @@ def remember(story: Story, pupil: Pupil, *, before: float) -> None:
         makers[kind] = (maker, share / 33)
     for part in (8, 4, 2, 1):
         # Shares count samples, and a long needle is as long as dozens of pictures.
-        world = hay(pupil, longest // part, ask_all=True)
+        world = hay(story, pupil, longest // part, ask_all=True)
         makers[f"needle{longest // part}"] = (of_world(world, pupil.processor, seed=story.seed + 3), 0.02 * part)
     lesson = Lesson(name="S3", steps=steps, samples=24, lr=6e-4, rates=Rates(vision=0.3))
     seconds = story.teach(NextToken(pupil.model), makers, lesson, seed=40)
@@ -56,7 +56,7 @@ def remember(story: Story, pupil: Pupil, *, before: float) -> None:
 def find(story: Story, pupil: Pupil, length: int) -> tuple[float, float, float]:
     """(score, blind score, constant score), each depth as often as the others."""
     each = max(6, story.size.questions // 20)
-    worlds = [hay(pupil, length, depth=depth) for depth in DEPTHS]
+    worlds = [hay(story, pupil, length, depth=depth) for depth in DEPTHS]
     examples = [world(HELD_OUT_SEED, i, "heldout") for world in worlds for i in range(each)]
     got, without = (story.mean_score(pupil, group) for group in (examples, blind(examples)))
-    return got, without, hay(pupil, length).prior.score
+    return got, without, hay(story, pupil, length).prior.score

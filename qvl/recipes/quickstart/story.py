@@ -73,6 +73,8 @@ class Size:
     remember: tuple[int, int]
     """S3's longest text in tokens, and its steps."""
     questions: int
+    answers: int
+    """Colours that a needle may have."""
 
     def promise(self, quick: float, story: float) -> float:
         """The longer story promises more."""
@@ -88,6 +90,7 @@ QUICK = Size(
     watch=250,
     remember=(2048, 80),
     questions=160,
+    answers=6,
 )
 LONG = Size(
     name="story",
@@ -98,6 +101,7 @@ LONG = Size(
     watch=2500,
     remember=(4096, 1000),
     questions=400,
+    answers=10,
 )
 
 
