@@ -6,10 +6,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench import answer, network, train
+from bench import answer, engine, network, train
 from bench.rows import Row, append
 
-SUITES = {"network": network.rows, "answer": answer.rows, "train": train.rows}
+SUITES = {"network": network.rows, "answer": answer.rows, "engine": engine.rows, "train": train.rows}
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Small media files for tests, made on the spot: pictures, clips, PDFs, and broken ones."""
 
 import io
+import random
 import struct
 import zlib
 from collections.abc import Iterable
@@ -116,3 +117,52 @@ def encrypted_pdf() -> bytes:
     plain = pdf([(100, 100)])
     keys = f"/Encrypt << /Filter /Standard /V 1 /R 2 /O <{'ab' * 32}> /U <{'cd' * 32}> /P -4 >> /ID [<{'01' * 16}> <{'01' * 16}>]"
     return plain.replace(b"/Root 1 0 R", b"/Root 1 0 R " + keys.encode())
+
+
+def gif(frames: int, canvas: tuple[int, int] = (1, 1), sizes: Iterable[tuple[int, int]] = ()) -> bytes:
+    """`frames` frames of one pixel, 20 bytes each, then frames that claim the `sizes` and hold one pixel too."""
+    out = bytearray(b"GIF89a" + struct.pack("<HHBBB", *canvas, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff")
+    for size in [(1, 1)] * frames + [*sizes]:
+        out += b"\x21\xf9\x04\x08\x01\0\0\0" + b"\x2c" + struct.pack("<HHHHB", 0, 0, *size, 0) + b"\x02\x02\x44\x01\0"
+    return bytes(out + b";")
+
+
+def forged_mp4(num_frames: int) -> bytes:
+    """A clip of four frames whose tables promise so many, of one byte each."""
+    buffer = io.BytesIO()
+    write_video(buffer, [numbered_frame(i) for i in range(4)], fps="10", format="mp4", b_frames=0)
+    data = bytearray(buffer.getvalue())
+    for box, start, values in (
+        (b"stsz", 4, (1, num_frames)),
+        (b"stsc", 4, (1, 1, num_frames, 1)),
+        (b"stts", 8, (num_frames, 1)),
+    ):
+        place = data.index(box) + 4 + start
+        data[place : place + 4 * len(values)] = struct.pack(f">{len(values)}I", *values)
+    return bytes(data)
+
+
+def damaged(data: bytes, seed: int) -> bytes:
+    """The file after a few accidents: bytes and lengths changed, pieces cut out, doubled, moved, or its end lost."""
+    draw = random.Random(seed)
+    out = bytearray(data)
+    for _ in range(draw.choice((1, 1, 2, 4, 16))):
+        if not out:
+            break
+        low = draw.randrange(len(out))
+        high = min(len(out), low + draw.choice((1, 2, 4, 8, 64, 1024)))
+        match draw.randrange(6):
+            case 0:
+                out[low] = draw.randrange(256)
+            case 1:
+                out[low:high] = draw.choice((b"\0", b"\xff", b"\x7f")) * (high - low)
+            case 2:
+                del out[low:high]
+            case 3:
+                out[low:low] = out[low:high]
+            case 4:
+                place = draw.randrange(len(out))
+                out[place:place] = draw.randbytes(high - low)
+            case _:
+                del out[max(1, low) :]
+    return bytes(out)

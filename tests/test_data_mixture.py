@@ -79,3 +79,10 @@ def test_what_is_wrong_with_a_mixture_is_said_in_a_sentence(tmp_path, text: str,
 def test_a_mixture_that_is_not_there_is_named(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"none\.yaml does not exist"):
         read_mixture(tmp_path / "none.yaml")
+
+
+def test_data_where_a_mixture_file_is_wanted_is_told_how_to_become_one(tmp_path: Path) -> None:
+    for name in ("mine.jsonl", "shards"):
+        (tmp_path / "shards").mkdir(exist_ok=True)
+        with pytest.raises(ValueError, match="is data, not a mixture file; import it"):
+            read_mixture(tmp_path / name)

@@ -69,6 +69,30 @@ def test_limits_of_a_container_count(
     assert device.memory_bytes() == (memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ],
+    ids=["v2", "v1"],
+)
+def test_what_a_container_has_left_is_free_and_files_it_only_read_are_no_use_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, str, str]
+) -> None:
+    limit, used, idle = names
+    monkeypatch.setattr(device, "_cgroup_folders", lambda controller: [])
+    of_the_machine = device.free_memory_bytes()
+    assert 0 < of_the_machine <= device.memory_bytes()
+    monkeypatch.setattr(device, "_cgroup_folders", lambda controller: [tmp_path])
+    (tmp_path / limit).write_text("1000000\n")
+    (tmp_path / used).write_text("700000\n")
+    (tmp_path / "memory.stat").write_text(f"anon 500000\n{idle} 200000\n")
+    assert device.free_memory_bytes() == 500_000
+    (tmp_path / used).write_text("1300000\n")
+    assert device.free_memory_bytes() == 0
+
+
 def test_grouped_matmul_is_claimed_only_where_it_gives_the_right_answer() -> None:
     if device.grouped_mm_runs(torch.float32):
         a, b = torch.randn(8, 16), torch.randn(2, 16, 16)

@@ -32,9 +32,10 @@ def picture_prompt(model: Qwen3VL) -> Sample:
 @can_pack
 @pytest.mark.parametrize("name", ["nano", "nano-moe"])
 @pytest.mark.parametrize("free", [False, True])
-def test_packed_logits_are_the_plain_ones_to_the_bit(name: str, free: bool) -> None:
+def test_packed_logits_are_the_plain_ones_to_the_bit(name: str, free: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qvl.engine.runner.fits", lambda _: False)
     plain, packed = (new_model(preset(name), dtype=torch.bfloat16) for _ in range(2))
-    assert prepare(packed, free=free)
+    assert prepare(packed, free=free, pack=True)
     batch = pack([picture_prompt(plain)], plain.config)
     with torch.inference_mode():
         assert torch.equal(packed.logits(packed(batch)), plain.logits(plain(batch)))
@@ -48,7 +49,7 @@ def test_packed_logits_are_the_plain_ones_to_the_bit(name: str, free: bool) -> N
 def test_training_does_not_see_the_packed_weights_and_refresh_takes_up_new_ones() -> None:
     model = new_model(preset("nano"), dtype=torch.bfloat16)
     batch = pack([picture_prompt(model)], model.config)
-    prepare(model)
+    prepare(model, pack=True)
     model.logits(model(batch)).float().sum().backward()
     assert model.language_model.layers[0].mlp.up_proj.weight.grad is not None
     with torch.no_grad():
@@ -68,7 +69,7 @@ def test_training_does_not_see_the_packed_weights_and_refresh_takes_up_new_ones(
 def test_a_model_whose_plain_weights_were_freed_refuses_to_train_or_to_be_packed_anew() -> None:
     model = new_model(preset("nano"), dtype=torch.bfloat16)
     batch = pack([picture_prompt(model)], model.config)
-    prepare(model, free=True)
+    prepare(model, free=True, pack=True)
     with pytest.raises(RuntimeError, match="load the folder again"):
         model(batch)
     for change in (refresh, drop, prepare, lambda m: add_adapter(m, LoraConfig(r=2))):
@@ -78,14 +79,21 @@ def test_a_model_whose_plain_weights_were_freed_refuses_to_train_or_to_be_packed
 
 def test_an_fp32_model_is_left_as_it_is() -> None:
     model = new_model(preset("nano"))
-    assert not prepare(model)
+    assert not prepare(model, pack=True)
     assert model.packed_head is None
 
 
 @can_pack
 def test_a_model_whose_plain_weights_were_freed_cannot_be_saved(tmp_path: Path) -> None:
     model = new_model(preset("nano"), dtype=torch.bfloat16)
-    prepare(model, free=True)
+    prepare(model, free=True, pack=True)
     with pytest.raises(ValueError, match="load its folder again"):
         save(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_the_engines_own_kernels_take_further_is_left_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = new_model(preset("nano"), dtype=torch.bfloat16)
+    monkeypatch.setattr("qvl.engine.kernels.fits", lambda _: True)
+    assert not prepare(model, free=True)
+    assert model.packed_head is None and not any(p.is_meta for p in model.parameters())

@@ -16,48 +16,28 @@ from qvl.commands.serve import Serve
 from qvl.model.lora import LoraConfig, adapter_parameters, add_adapter, save_adapter
 from qvl.model.weights import load
 from qvl.serve.run import Server
-from serve_doubles import address, data_uri, noise, picture, running
-from tiny_checkpoint import read_tokenizer_once, tiny_checkpoint
+from serve_doubles import address, data_uri, image, noise, picture, running, user, video
+from tiny_checkpoint import tiny_checkpoint
 
 MODEL = "tiny"
 GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        read_tokenizer_once(patch)
-        yield
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    model = load(folder)
+def server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    model = load(tiny_folder)
     add_adapter(model, LoraConfig(r=2, alpha=64))
     for weight in adapter_parameters(model).values():
         weight.data.fill_(0.3)
     adapter = tmp_path_factory.mktemp("adapter")
     save_adapter(model, adapter)
-    with running(folder, adapters={"tuned": adapter}) as server:
+    with running(tiny_folder, adapters={"tuned": adapter}) as server:
         yield server
 
 
 @pytest.fixture
 def client(server: Server) -> OpenAI:
     return OpenAI(base_url=f"{address(server)}/v1", api_key="none", max_retries=0)
-
-
-def user(*parts: Any) -> list[Any]:
-    return [{"role": "user", "content": [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]}]
-
-
-def image(url: str, **wishes: Any) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": url}, **wishes}
 
 
 def test_a_question_gets_an_answer_with_its_cost(client: OpenAI) -> None:
@@ -103,7 +83,7 @@ def test_media_keep_their_order(client: OpenAI, tmp_path: Path) -> None:
     frames = [picture(), picture()]
     parts = (
         image(picture(64, 96)),
-        {"type": "video_url", "video_url": {"url": film}, "num_frames": 4},
+        video(film, num_frames=4),
         "then",
         {"type": "file", "file": {"file_data": paper, "filename": "two.pdf"}},
         {"type": "video_frames", "video_frames": frames, "fps": 2},
@@ -259,7 +239,7 @@ def test_tokenize_counts_words_and_media(server: Server) -> None:
     assert [medium["tokens"] for medium in talk["media"]] == [6]
 
 
-def test_a_thought_is_apart_from_the_answer(tmp_path: Path) -> None:
+def test_a_thought_is_apart_from_the_answer(tiny_folder: Path, tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path / "thinking", "thinking")
     with running(folder) as server:
         client = OpenAI(base_url=f"{address(server)}/v1", api_key="none", max_retries=0)

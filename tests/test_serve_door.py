@@ -1,10 +1,9 @@
 """The door of the server: who may come in, what a request may ask, what a refusal says, what a client that leaves costs."""
 
 import json
-import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,75 +12,40 @@ import pytest
 
 from media_files import encoded, gradient, png_header
 from qvl.outside.fetch import Fetcher
-from qvl.serve.app import Service
 from qvl.serve.limits import Limits
 from qvl.serve.run import Server
-from serve_doubles import KEY, address, data_uri, noise, picture, running
-from tiny_checkpoint import read_tokenizer_once, tiny_checkpoint
-
-CHAT = "/v1/chat/completions"
-TELLTALE = re.compile(r"/tmp|/usr|\.py\b|Traceback|0x[0-9a-f]{6}|site-packages|Error\b|line \d+")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        read_tokenizer_once(patch)
-        yield
+from serve_doubles import (
+    CHAT,
+    KEY,
+    address,
+    body,
+    data_uri,
+    engine_of,
+    eventually,
+    holds_nothing,
+    image,
+    noise,
+    picture,
+    post,
+    refused,
+    running,
+    service,
+    video,
+)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[Server]:
-    with running(folder) as server:
+def server(tiny_folder: Path) -> Iterator[Server]:
+    with running(tiny_folder) as server:
         yield server
-
-
-def service(server: Server) -> Service:
-    return server.config.app.state.service  # type: ignore[union-attr]
-
-
-def body(*parts: Any, **asked: Any) -> dict[str, Any]:
-    content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
-    return {"messages": [{"role": "user", "content": content or "Hi"}], "max_tokens": 2, **asked}
-
-
-def image(url: Any, **wishes: Any) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": url}, **wishes}
-
-
-def refused(reply: httpx.Response, status: int) -> str:
-    """The sentence of a refusal in OpenAI's shape, which tells nothing about the machine."""
-    assert reply.status_code == status, reply.text
-    error = reply.json()["error"]
-    assert error.keys() == {"message", "type", "param", "code"} and error["type"].endswith("_error")
-    assert not TELLTALE.search(reply.text), reply.text
-    return error["message"]
-
-
-def post(server: Server, data: Any, path: str = CHAT, **options: Any) -> httpx.Response:
-    return httpx.post(address(server) + path, json=data, timeout=60, **options)
-
-
-def eventually(is_so: Callable[[], bool], seconds: float = 10) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if is_so():
-            return True
-        time.sleep(0.01)
-    return is_so()
 
 
 # ---- keys and names
 
 
 @pytest.fixture(scope="module")
-def locked(folder: Path) -> Iterator[Server]:
-    with running(folder, keys=("another-key-0123456789", KEY)) as server:
+def locked(tiny_folder: Path) -> Iterator[Server]:
+    with running(tiny_folder, keys=("another-key-0123456789", KEY)) as server:
         yield server
 
 
@@ -214,10 +178,10 @@ def test_schemas_have_a_size_and_a_depth(server: Server) -> None:
 def test_wishes_for_media_have_ceilings_on_every_route(server: Server) -> None:
     film = data_uri(b"no film", "video/mp4")
     parts = [
-        {"type": "video_url", "video_url": {"url": film}, "num_frames": 100_000},
-        {"type": "video_url", "video_url": {"url": film}, "fps": 1e308},
-        {"type": "video_url", "video_url": {"url": film}, "fps": 0},
-        {"type": "video_url", "video_url": {"url": film}, "max_tokens": 10**9},
+        video(film, num_frames=100_000),
+        video(film, fps=1e308),
+        video(film, fps=0),
+        video(film, max_tokens=10**9),
         {"type": "video_frames", "video_frames": [picture()] * 2049, "fps": 2},
         {"type": "video_frames", "video_frames": [picture()]},
         image(picture(), max_tokens=10**6),
@@ -236,8 +200,8 @@ def test_wishes_for_media_have_ceilings_on_every_route(server: Server) -> None:
     refused(post(server, body(*["x"] * 1025)), 422)
 
 
-def test_a_body_may_not_be_large_or_slow(folder: Path) -> None:
-    with running(folder, limits=Limits(max_body_bytes=1000, body_seconds=0.5)) as server:
+def test_a_body_may_not_be_large_or_slow(tiny_folder: Path) -> None:
+    with running(tiny_folder, limits=Limits(max_body_bytes=1000, body_seconds=0.5)) as server:
         refused(post(server, body("x" * 2000)), 413)
 
         def drip(count: int, pause: float) -> Iterator[bytes]:
@@ -301,7 +265,7 @@ def test_nothing_is_fetched_or_read_by_default(server: Server, url: str, monkeyp
     monkeypatch.setattr(service(server).cook.kitchen, "fetcher", Fetcher(resolve=touched, connect=touched))
     for part in (
         image(url),
-        {"type": "video_url", "video_url": {"url": url}},
+        video(url),
         {"type": "video_frames", "video_frames": [picture(), url], "fps": 2},
         {"type": "file", "file": {"file_data": url}},
     ):
@@ -372,7 +336,7 @@ def test_broken_and_giant_media_are_refused_and_the_next_request_is_answered(ser
     ):
         part = {
             "image": image(data_uri(data, kind)),
-            "video": {"type": "video_url", "video_url": {"url": data_uri(data, kind)}},
+            "video": video(data_uri(data, kind)),
         }
         paper = {"type": "file", "file": {"file_data": data_uri(data, kind)}}
         chosen = paper if kind.startswith("app") else part[kind.split("/")[0]]
@@ -403,7 +367,7 @@ def test_control_tokens_in_words_are_letters(server: Server) -> None:
 
 def slow(server: Server, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.02) -> Any:
     """Each step of the engine takes so long."""
-    engine = next(iter(service(server).thread.engines.values()))
+    engine = engine_of(server)
     step = engine.step
 
     def late() -> Any:
@@ -414,9 +378,9 @@ def slow(server: Server, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.02)
     return engine
 
 
-def test_too_many_at_once_are_told_to_come_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with running(folder, max_running=1, max_queue=2) as server:
-        engine = next(iter(service(server).thread.engines.values()))
+def test_too_many_at_once_are_told_to_come_again(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(tiny_folder, max_running=1, max_queue=2) as server:
+        engine = engine_of(server)
         step, gate = engine.step, threading.Event()
         # The engine stands still until the others have been sent away, however slow this machine is.
         monkeypatch.setattr(engine, "step", lambda: step() if gate.wait(0.01) else [])
@@ -455,15 +419,12 @@ def test_a_client_that_leaves_frees_all_it_held(server: Server, stream: bool, mo
             for _ in reply.iter_lines():
                 if time.monotonic() > end:
                     raise httpx.ReadTimeout("enough")
-    assert eventually(lambda: not engine.has_work)
-    stats = engine.stats()
-    assert stats.blocks_free == stats.blocks_total and stats.running == stats.waiting == 0
-    assert stats.tokens_decoded - decoded < 4 * 400  # nobody went on to the end
-    assert eventually(lambda: service(server).held_bytes == 0)
+    assert eventually(lambda: holds_nothing(server))
+    assert engine.stats().tokens_decoded - decoded < 4 * 400  # nobody went on to the end
 
 
 def test_a_fault_in_one_request_fails_it_alone(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = next(iter(service(server).thread.engines.values()))
+    engine = engine_of(server)
     step, calls = engine.step, []
 
     def fails_once() -> Any:
@@ -478,13 +439,11 @@ def test_a_fault_in_one_request_fails_it_alone(server: Server, monkeypatch: pyte
     calls.clear()
     lines = post(server, body("Hi", max_tokens=8, stream=True)).text
     assert '"finish_reason":"error"' in lines and "0xdeadbeef" not in lines and lines.endswith("data: [DONE]\n\n")
-    assert eventually(lambda: not engine.has_work)
-    stats = engine.stats()
-    assert stats.blocks_free == stats.blocks_total
+    assert eventually(lambda: holds_nothing(server))
 
 
-def test_readiness_ends_when_the_server_drains(folder: Path) -> None:
-    with running(folder) as server:
+def test_readiness_ends_when_the_server_drains(tiny_folder: Path) -> None:
+    with running(tiny_folder) as server:
         assert httpx.get(address(server) + "/readyz").text == "ready"
         service(server).thread.is_draining = True
         assert refused(httpx.get(address(server) + "/readyz"), 503)

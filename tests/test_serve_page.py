@@ -12,7 +12,6 @@ import pytest
 from media_files import encoded, gradient, numbered_frame, pdf, write_video
 from qvl.serve.run import Server
 from serve_doubles import address, running
-from tiny_checkpoint import read_tokenizer_once, tiny_checkpoint
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium")
@@ -24,11 +23,9 @@ CHAT = "**/v1/chat/completions"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with pytest.MonkeyPatch.context() as patch:
-        read_tokenizer_once(patch)
-        with running(tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny"), memory_gib=0.1) as server:
-            yield server
+def server(tiny_folder: Path) -> Iterator[Server]:
+    with running(tiny_folder, memory_gib=0.1) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

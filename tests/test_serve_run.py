@@ -15,22 +15,16 @@ import pytest
 from qvl.commands import cli
 from qvl.commands.serve import check_address, read_adapters, read_keys
 from serve_doubles import KEY
-from tiny_checkpoint import tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
-
-
 @pytest.fixture
-def process(folder: Path) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+def process(tiny_saved: Path) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
     """The process, its address, and what it said until it listened."""
     flags = [
         "--model",
-        str(folder),
+        str(tiny_saved),
         "--port",
         "0",
         "--memory-gib",
@@ -116,8 +110,8 @@ def test_a_second_sigterm_breaks_off_what_runs(process: tuple[subprocess.Popen[s
     assert '"finish_reason":"cancelled"' in "".join(lines[-2:])
 
 
-def test_beyond_this_machine_it_wants_a_key(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
-    assert cli.main(["serve", "--model", str(folder), "--host", "0.0.0.0"]) == 2
+def test_beyond_this_machine_it_wants_a_key(capsys: pytest.CaptureFixture[str], tiny_saved: Path) -> None:
+    assert cli.main(["serve", "--model", str(tiny_saved), "--host", "0.0.0.0"]) == 2
     assert "--api-key-file" in capsys.readouterr().err
     for host in ("127.0.0.1", "127.8.8.8", "::1", "localhost"):
         check_address(host, ())

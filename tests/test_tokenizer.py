@@ -162,7 +162,14 @@ def test_other_tokenizers_are_refused_in_one_sentence(description, sentence):
 
 
 def test_missing_and_broken_files_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"vocab\.json is missing"):
+    with pytest.raises(ValueError, match=r"has neither tokenizer\.json nor vocab\.json; give a folder with published"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export/config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"did you mean .*export\?"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is a LoRA adapter"):
         Tokenizer.from_folder(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="is not valid JSON"):

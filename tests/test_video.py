@@ -4,7 +4,6 @@ import io
 import math
 import random
 import re
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from PIL import Image
 
 import oracle_processor as oracle
 from media_files import encoded, gradient, numbered_frame, read_number, write_video
+from memory_watch import MemoryWatch
 from qvl.outside.media import MediaLimits
 from qvl.outside.workers import InProcess, WorkerPool
 from qvl.prompt.image import raster_from
@@ -400,32 +400,7 @@ def test_ten_minutes_of_1080p_stay_within_300_mb(tmp_path: Path) -> None:
     with WorkerPool() as pool, memory:
         visual = load_video(path, decoder=pool)
     spent = time.monotonic() - start
-    rise = memory.peak - memory.start
-    print(f"\nrise {rise / 2**20:.0f} MiB, of it patches {visual.patch_PX.numel() / 2**20:.0f} MiB, "
+    print(f"\nrise {memory.rise / 2**20:.0f} MiB, of it patches {visual.patch_PX.numel() / 2**20:.0f} MiB, "
           f"{len(visual.frame_indices or ())} frames of {600 * 25}, {spent:.0f} s")  # fmt: skip
     assert visual.frame_indices is not None and len(visual.frame_indices) == 768
-    assert rise < 300e6
-
-
-class MemoryWatch:
-    """The highest resident memory of this process and its children, looked at every 5 ms."""
-
-    def __enter__(self) -> None:
-        self.start = self.peak = self.now()
-        self.stop = threading.Event()
-        self.thread = threading.Thread(target=self.watch)
-        self.thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.stop.set()
-        self.thread.join()
-
-    def watch(self) -> None:
-        while not self.stop.wait(0.005):
-            self.peak = max(self.peak, self.now())
-
-    @staticmethod
-    def now() -> int:
-        children = Path("/proc/self/task").glob("*/children")
-        pids = ["self", *(pid for file in children for pid in file.read_text().split())]
-        return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids) * 4096
+    assert memory.rise < 300e6

@@ -21,6 +21,7 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
 )
 
+from qvl.commands import cli
 from qvl.core.batch import Sample
 from qvl.model.config import ModelConfig, config_from_hf, config_to_hf, preset, read_config
 from qvl.model.pack import pack
@@ -199,6 +200,45 @@ def test_loading_takes_at_most_15_percent_more_memory_than_the_weights(
     share = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     print(f"{share:.3f} of the weights")
     assert 0.8 <= share <= 1.15
+
+
+MEASURE_FILES = """
+import sys
+from pathlib import Path
+from qvl.model import weights
+
+def file_pages() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssFile")) * 1024
+
+weights.MAPPED_BYTES = int(sys.argv[2])
+most, copy = [file_pages()], weights._copy
+
+def watched(*arguments) -> None:
+    copy(*arguments)
+    most.append(file_pages())
+
+weights._copy = watched
+weights.load(sys.argv[1])
+print(max(most) - most[0])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own account of memory")
+def test_a_file_is_let_go_while_it_is_read(tmp_path: Path) -> None:
+    small = preset("nano")
+    save(
+        new_model(replace(small, text=replace(small.text, vocab_size=600, num_hidden_layers=30), vision=None)),
+        tmp_path / "model",
+    )
+    size = (tmp_path / "model" / "model.safetensors").stat().st_size
+
+    def most(mapped_bytes: int) -> int:
+        command = [sys.executable, "-c", MEASURE_FILES, str(tmp_path / "model"), str(mapped_bytes)]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    assert most(2**40) > 0.95 * size
+    assert most(2**20) < 0.25 * size
 
 
 # What is refused, each in one sentence
@@ -382,3 +422,15 @@ def test_a_loaded_model_answers_without_gradients_flowing_into_the_file() -> Non
         model(batch_from_padded(case_inputs("text"), model.config))
     after = load_file(folder("dense_tied") / "model.safetensors")["model.language_model.norm.weight"]
     assert torch.equal(before, after)
+
+
+def test_convert_loses_no_weights_unless_told_to(tmp_path, capsys) -> None:
+    argv = ["convert", "--model", str(folder(MODELS[0])), "--out", str(tmp_path / "out")]
+    assert cli.main(argv) == 0
+    (kept,) = (tmp_path / "out").glob("*.safetensors")
+    before = kept.read_bytes()
+    assert cli.main([*argv, "--dtype", "float32"]) == 2
+    assert "holds weights already; name another folder, or say --replace" in " ".join(capsys.readouterr().err.split())
+    assert kept.read_bytes() == before
+    assert cli.main([*argv, "--dtype", "float32", "--replace"]) == 0
+    assert kept.read_bytes() != before

@@ -60,10 +60,10 @@ def test_a_worker_loads_no_torch_and_sees_no_environment(monkeypatch: pytest.Mon
 
 
 def test_a_hang_costs_its_limit_and_its_process() -> None:
-    with pool(max_seconds=0.5) as workers:
+    with pool(max_seconds=2.0) as workers:
         # The clock also runs while a worker starts, so it is started with a job that is quick.
         first = wait_for_pid(workers)
-        with pytest.raises(MediaError, match=r"took longer than 0\.5 seconds; the process was ended"):
+        with pytest.raises(MediaError, match="took longer than 2 seconds; the process was ended"):
             list(workers.run("hang", io.BytesIO(NOTHING)))
         assert not alive(first)
         assert wait_for_pid(workers) != first
@@ -228,9 +228,9 @@ def test_a_file_on_disk_is_handed_over_open(tmp_path: Path) -> None:
 def test_a_worker_names_the_size_of_a_picture_too_large() -> None:
     with (
         WorkerPool() as workers,
-        pytest.raises(ValueError, match=r"the picture is 50000x50000, 2,500,000,000 pixels; at most 67,108,864"),
+        pytest.raises(ValueError, match=r"the picture is 10000x10000, 100,000,000 pixels; at most 67,108,864"),
     ):
-        load_image(png_header(50_000, 50_000), workers)
+        load_image(png_header(10_000, 10_000), workers)
 
 
 def test_an_unknown_job_and_limits_without_sense_are_refused() -> None:

@@ -17,7 +17,9 @@ class Convert:
     model: str
     """Checkpoint folder, or a name on the hub."""
     out: Path
-    """Folder to write; made if missing, its old weights replaced."""
+    """Folder to write. One that holds weights already is left alone unless you say --replace."""
+    replace: bool = False
+    """Write over the weights that lie in --out."""
     layout: Literal["hub", "v5"] = "hub"
     """How experts and config fields are spelled: as the official files, or as transformers 5 writes them."""
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
@@ -34,6 +36,8 @@ def run(args: Convert) -> None:
     source = resolve(args.model)
     if args.out.resolve() == source.resolve():
         raise ValueError(f"{args.out} is the source folder; write to another one.")
+    if not args.replace and any(args.out.glob("*.safetensors")):
+        raise ValueError(f"{args.out} holds weights already; name another folder, or say --replace to lose them.")
     model = load(source, dtype=getattr(torch, args.dtype), expert_layout=args.expert_layout)
     save(model, args.out, layout=args.layout, max_shard_bytes=int(args.max_shard_gb * 1e9), companions=source)
     print(f"wrote {args.out} ({args.layout} layout, {args.dtype})")

@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 
 from qvl.commands.generate import QUICKSTART, quickstart_model
-from qvl.core.device import memory_bytes, pick_device, pick_dtype
+from qvl.core.device import free_memory_bytes, pick_device, pick_dtype
 from qvl.core.log import log
 from qvl.engine.engine import Engine, EngineSettings
-from qvl.engine.prepare import prepare
+from qvl.engine.prepare import Weights, prepare
 from qvl.engine.sampling import Preset, Sampling, defaults, end_tokens
 from qvl.model.lora import load_adapter
 from qvl.model.qwen3vl import Qwen3VL
@@ -65,8 +65,8 @@ class Serve:
     allow_folder: tuple[Path, ...] = ()
     """Folders media may be read from, as file:///folder/picture.png."""
     memory: float | None = None
-    """Share of the device's free memory (on a CPU: of all memory less the weights) for keys and values. 0.9 on a GPU; on a CPU
-    4 GiB, or a quarter of the memory where that is less."""
+    """Share of the memory that is free beside the weights, a GPU's or the machine's, for keys and values of all models. 0.9 on a GPU;
+    on a CPU 4 GiB, or a quarter of what is free where that is less."""
     memory_gib: float | None = None
     """The same in GiB."""
     max_running: int = 64
@@ -79,6 +79,8 @@ class Serve:
     """Keep the beginnings of prompts for the next request that begins so."""
     media_workers: int = 1
     """Processes that decode pictures, videos and documents."""
+    media_seconds: float = 60.0
+    """How long one of them may work on one file; hours of film at full size need minutes."""
     template: Literal["auto", "instruct", "thinking"] = "auto"
     """The chat template: recognised (auto), or one of the two published ones."""
     sampling: Preset = "model"
@@ -88,6 +90,8 @@ class Serve:
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, mps."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    weights: Weights = "plain"
+    """int8 rounds the decoder's for a bfloat16 CPU: answers come faster and differ a little."""
     """What weights and activations are held in."""
     drain_seconds: float = 30.0
     """After SIGTERM: how long requests that run may take to finish."""
@@ -115,7 +119,7 @@ def build(
     model = load(folder, dtype=pick_dtype(device, args.dtype), device=device).eval()
     models = {name_of(args, folder): model} | {name: adapted(model, path) for name, path in adapters.items()}
     for each in models.values():
-        prepare(each, free=len(models) == 1)
+        prepare(each, free=len(models) == 1, weights=args.weights)
     share = cache_gib(args, model) / len(models)
     settings = EngineSettings(
         memory_gib=share,
@@ -125,8 +129,10 @@ def build(
         prefix_cache=args.prefix_cache,
     )
     engines = {name: Engine(each, settings) for name, each in models.items()}
+    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / GIB
     for name, engine in engines.items():
-        log.info("%s (%s on %s): %s", name, str(model.dtype).removeprefix("torch."), device, engine.describe().sentence)
+        kind, fits = str(model.dtype).removeprefix("torch."), engine.describe().sentence
+        log.info("%s (%s on %s): the weights take %.2f GiB, %s", name, kind, device, weights, fits)
     served = Served(
         names=tuple(engines),
         processor=processor,
@@ -142,6 +148,7 @@ def build(
         allow_domains=args.allow_domain,
         allow_folders=args.allow_folder,
         workers=args.media_workers,
+        media_seconds=args.media_seconds,
     )
     metrics = Metrics(engines)
     thread = EngineThread(engines, on_stats=metrics.on_stats)
@@ -175,17 +182,22 @@ def cache_gib(args: Serve, model: Qwen3VL) -> float:
     """GiB for keys and values, of all served models together."""
     if args.memory is not None and args.memory_gib is not None:
         raise ValueError("--memory and --memory-gib are both given; give one of them.")
-    if args.memory_gib is not None:
-        return args.memory_gib
     if args.memory is not None and not 0 < args.memory <= 1:
         raise ValueError(
             f"--memory is {args.memory}; it is a share above 0 and at most 1. For GiB there is --memory-gib."
         )
-    if model.device.type == "cuda":
-        return torch.cuda.mem_get_info(model.device)[0] * (args.memory or 0.9) / GIB
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    left = max(0, memory_bytes() - weights) / GIB
-    return left * args.memory if args.memory is not None else min(CPU_CACHE_GIB, left / 4)
+    is_cuda = model.device.type == "cuda"
+    # The weights lie there already.
+    free = (torch.cuda.mem_get_info(model.device)[0] if is_cuda else free_memory_bytes()) / GIB
+    if args.memory_gib is not None and args.memory_gib > free:
+        raise ValueError(
+            f"--memory-gib is {args.memory_gib:g} and beside the weights {free:.2f} GiB are free; give less, or --memory 0.9."
+        )
+    if args.memory_gib is not None:
+        return args.memory_gib
+    if args.memory is not None:
+        return free * args.memory
+    return free * 0.9 if is_cuda else min(CPU_CACHE_GIB, free / 4)
 
 
 def adapted(model: Qwen3VL, folder: Path) -> Qwen3VL:

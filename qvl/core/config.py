@@ -59,7 +59,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 def near_miss(word: str, known: typing.Iterable[str]) -> str:
     """ "; did you mean 'temperature'?" when one of the known words is near, else the list of them."""
     known = sorted(known)
-    near = difflib.get_close_matches(word, known, n=1)
+    near = difflib.get_close_matches(word[:64], known, n=1)  # a word may come from a stranger, a megabyte long
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known) or 'none'}"
 
 

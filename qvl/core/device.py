@@ -177,6 +177,27 @@ def memory_bytes() -> int:
     return total
 
 
+def free_memory_bytes() -> int:
+    """Memory this process may still take without pushing anything out: the machine's, or what its container has left of its limit."""
+    total = free = memory_bytes()
+    info = Path("/proc/meminfo")
+    for line in info.read_text().splitlines() if info.exists() else ():
+        if line.startswith("MemAvailable:"):
+            free = min(free, int(line.split()[1]) * 1024)
+    for folder in _cgroup_folders("memory"):
+        for limit, used, idle in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            text = (folder / limit).read_text().strip() if (folder / limit).exists() else "max"
+            if text == "max" or int(text) > total:
+                continue
+            # Files that were read count as used until somebody wants the room.
+            counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            free = min(free, max(0, int(text) - int((folder / used).read_text()) + int(counts[idle])))
+    return free
+
+
 @cache
 def grouped_mm_runs(dtype: torch.dtype, device: torch.device | str = "cpu") -> bool:
     """Whether one matmul per expert in a single call works here, found out by making a tiny one."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from qvl.engine.request import Event, Finish, Request, ThinkingBudget
-from qvl.engine.sampling import Sampler
+from qvl.engine.sampling import Best, Sampler
 from qvl.engine.sequence import Sequence
 from qvl.engine.text import TextOutput
 
@@ -27,12 +27,12 @@ class Answer:
         self.said: list[int] = []
         """The answer without its thought: what a grammar is asked about."""
 
-    def take(self, logits_V: Tensor) -> Event:
+    def take(self, logits_V: Tensor, best: Best | None = None) -> Event:
         """Draw the next token and say what came of it. Raises ValueError when it cannot be drawn."""
         forced = self.thought.forced()
         grammar = None if self.thought.is_open else self.request.grammar
         allowed = grammar.allowed(self.said) if grammar is not None and forced is None else None
-        draw = self.sampler(logits_V, allowed=allowed, forced=forced)
+        draw = self.sampler(logits_V, allowed=allowed, forced=forced, best=best)
         if self.thought.note(draw.token):
             self.said.append(draw.token)
         self.sequence.tokens.append(draw.token)

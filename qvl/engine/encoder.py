@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from qvl.core.batch import Batch, Sample
+from qvl.model.attention import Kernel
 from qvl.model.config import ModelConfig
 from qvl.model.pack import frame_lengths
 from qvl.model.qwen3vl import Qwen3VL
@@ -68,8 +69,8 @@ def visuals_of(
 class Encoder:
     """The vision tower behind a cache bounded in bytes, least recently used out first."""
 
-    def __init__(self, model: Qwen3VL, max_bytes: int) -> None:
-        self.model, self.max_bytes = model, max_bytes
+    def __init__(self, model: Qwen3VL, max_bytes: int, kernel: Kernel | None = None) -> None:
+        self.model, self.max_bytes, self.kernel = model, max_bytes, kernel
         self.kept: OrderedDict[tuple[bytes, int], VisualFeatures] = OrderedDict()
         self.num_bytes = 0
         self.num_asked = 0
@@ -112,7 +113,7 @@ class Encoder:
             grid_I3=grid_I3,
             frame_lengths=frame_lengths(grid_I3),
         )
-        return self.model.encode(batch.to(self.model.device), max_patches=GROUP_PATCHES)
+        return self.model.encode(batch.to(self.model.device), max_patches=GROUP_PATCHES, kernel=self.kernel)
 
     def _keep(self, key: tuple[bytes, int], features: VisualFeatures) -> None:
         size = num_bytes(features)

@@ -8,9 +8,11 @@ from qvl.core.log import log
 from qvl.engine.answer import Answer
 from qvl.engine.blocks import BlockManager
 from qvl.engine.encoder import Encoder, visuals_of
+from qvl.engine.kernels import vision_kernel
 from qvl.engine.kv_cache import KVCache, bytes_per_block, new_cache
 from qvl.engine.request import Event, Finish, Request, check, rows_of_visuals
 from qvl.engine.runner import Failure, Mode, Prompt, Runner, prompt_of
+from qvl.engine.sampling import Best
 from qvl.engine.scheduler import QueueFull, Scheduler
 from qvl.engine.sequence import Sequence, Span
 from qvl.model.config import ModelConfig
@@ -38,6 +40,8 @@ class EngineSettings:
     """Tokens that go through the model in a step: every running answer's next one, and prompts in chunks of what is left."""
     mode: Mode = "fast"
     """exact: a request's numbers are the same to the bit alone or in any company, at the cost of speed."""
+    kernels: bool = True
+    """In fast mode on a CPU that multiplies bf16 itself: the engine's own kernels (kernels.cpp) where they fit the model."""
     prefix_cache: bool = True
     """Beginnings of prompts that were seen before are not computed again."""
     encoder_cache_gib: float = 0.25
@@ -130,8 +134,10 @@ class Engine:
             # In exact mode an answer's tokens go through tiles of another shape than a prompt's, so they are not each other's equal.
             prompt_names_only=self.settings.mode == "exact",
         )
-        self.encoder = Encoder(model, int(self.settings.encoder_cache_gib * GIB))
-        self.runner = Runner(model, self.cache, mode=self.settings.mode, encoder=self.encoder)
+        own = self.settings.kernels and self.settings.mode == "fast"
+        kernel = vision_kernel(model) if own else None
+        self.encoder = Encoder(model, int(self.settings.encoder_cache_gib * GIB), kernel)
+        self.runner = Runner(model, self.cache, mode=self.settings.mode, encoder=self.encoder, kernels=own)
         self._tasks: dict[str, _Task] = {}
         self._pending: list[Event] = []
         self._arrived = 0
@@ -190,16 +196,16 @@ class Engine:
         for sequence, failure in outcome.failed.items():
             events += self._fail(sequence, failure)
         for sequence, logits_V in outcome.logits.items():
-            events += self._draw(sequence, logits_V)
+            events += self._draw(sequence, logits_V, outcome.best.get(sequence))
         return events
 
-    def _draw(self, sequence: Sequence, logits_V: torch.Tensor) -> list[Event]:
+    def _draw(self, sequence: Sequence, logits_V: torch.Tensor, best: Best | None) -> list[Event]:
         """The next token of one answer; of all a request's answers when its prompt has just been read."""
         task = self._tasks[sequence.request]
-        events = [] if task.is_forked else self._fork(task, sequence, logits_V)
-        return self._take(task, task.answers[sequence.index], logits_V) + events
+        events = [] if task.is_forked else self._fork(task, sequence, logits_V, best)
+        return self._take(task, task.answers[sequence.index], logits_V, best) + events
 
-    def _fork(self, task: _Task, parent: Sequence, logits_V: torch.Tensor) -> list[Event]:
+    def _fork(self, task: _Task, parent: Sequence, logits_V: torch.Tensor, best: Best | None) -> list[Event]:
         task.is_forked = True
         events: list[Event] = []
         for index in range(1, task.request.n):
@@ -208,12 +214,12 @@ class Engine:
             copied = self.scheduler.fork(parent, child)
             if copied is not None:
                 self.runner.copy(*copied)
-            events += self._take(task, task.answers[index], logits_V)
+            events += self._take(task, task.answers[index], logits_V, best)
         return events
 
-    def _take(self, task: _Task, answer: Answer, logits_V: torch.Tensor) -> list[Event]:
+    def _take(self, task: _Task, answer: Answer, logits_V: torch.Tensor, best: Best | None) -> list[Event]:
         try:
-            event = answer.take(logits_V)
+            event = answer.take(logits_V, best)
         except Exception as error:
             return self._fail(answer.sequence, Failure(error, "its next token could not be drawn"))
         if event.finish is not None:

@@ -45,9 +45,9 @@ class KVCache:
         first = torch.tensor(blocks[: self.num_blocks_for(count)], device=device) * size
         return (first[:, None] + torch.arange(size, device=device)).flatten()[:count]
 
-    def layout(self, news: Sequence["NewTokens"]) -> Paged:
+    def layout(self, news: Sequence["NewTokens"], kind: type[Paged] = Paged) -> Paged:
         slots = [b * self.block_size + i for new in news for b, i in new.places(self.block_size)]
-        return Paged(
+        return kind(
             key_LBZKH=self.key_LBZKH,
             value_LBZKH=self.value_LBZKH,
             slot_T=torch.tensor(slots, device=self.key_LBZKH.device),

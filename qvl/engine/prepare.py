@@ -1,48 +1,91 @@
-"""Weights in the order the CPU's bf16 matmul likes, made once instead of at every call."""
+"""Weights as a CPU likes them for answering: in oneDNN's order, or in whole numbers of 8 bits; made once instead of at every call."""
 
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from qvl.core.log import say_once
-from qvl.model.layers import Linear, PackedWeight
+from qvl.engine import kernels
+from qvl.model.layers import Linear, PackedWeight, RoundedWeight
 from qvl.model.qwen3vl import Qwen3VL
 
+Weights = Literal["plain", "int8"]
 
-def prepare(model: Qwen3VL, *, free: bool = False) -> bool:
-    """Pack every Linear and the head of a bf16 model on a CPU; False where there is nothing to gain (other devices, fp32).
+
+def prepare(model: Qwen3VL, *, free: bool = False, weights: Weights = "plain", pack: bool | None = None) -> bool:
+    """Pack every Linear and the head of a bf16 model on a CPU; False where there is nothing to gain: other devices, fp32, and (`pack` None)
+    models that the engine's own kernels take further, which read plain weights.
 
     Floor: a decoding step reads every weight once. Plain bf16 linears read 16 GB/s of a core's 38 because oneDNN reorders the weight at
     each call; packed ones read 30. `free` drops the plain copy where packing replaces it (all but the embedding), for serving alone:
     such a model can no longer be trained or saved.
+
+    `weights` int8 rounds the decoder's linears and the head (not the vision tower, whose time is arithmetic): half the bytes of a step, and
+    answers that differ a little. What that costs is measured by `python -m bench.rounding`.
     """
     _refuse_freed(model)
     if model.device.type != "cpu" or model.dtype != torch.bfloat16:
+        if weights == "int8":
+            raise ValueError(
+                f"int8 weights are for bfloat16 on a CPU; the model is {model.dtype} on {model.device.type}."
+            )
         return False
-    if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight") or not torch.backends.mkldnn.is_available():
+    if weights == "int8":
+        _round(model)
+    elif pack is None and kernels.fits(model):
+        return False
+    elif not hasattr(torch.ops.mkldnn, "_reorder_linear_weight") or not torch.backends.mkldnn.is_available():
         say_once("this torch cannot pack linear weights for the CPU; plain matmuls run instead")
         return False
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, Linear):
-                module.packed = _packed(module.weight)
-        tied = model.config.tie_word_embeddings
-        head = _packed(model.head_weight) if tied else model.lm_head.packed
-        model.packed_head = head  # type: ignore[assignment]
-        if free:
-            for module in model.modules():
-                if isinstance(module, Linear):
-                    module.weight = nn.Parameter(module.weight.to("meta"), requires_grad=False)
-                    if module.packed is not None:
-                        module.packed = replace(module.packed, version=module.weight._version)
-            if not tied:
-                model.packed_head = model.lm_head.packed  # type: ignore[assignment]
+    else:
+        _pack(model)
+    if free:
+        _free(model)
     return True
 
 
+@torch.no_grad()
+def _pack(model: Qwen3VL) -> None:
+    for module in _linears(model):
+        module.packed = _packed(module.weight)
+    model.packed_head = _packed(model.head_weight) if model.config.tie_word_embeddings else model.lm_head.packed  # type: ignore[assignment]
+
+
+@torch.no_grad()
+def _round(model: Qwen3VL) -> None:
+    for module in _linears(model.language_model):
+        module.packed = rounded(module.weight)
+    model.packed_head = rounded(model.head_weight)
+    if not model.config.tie_word_embeddings:
+        model.lm_head.packed = model.packed_head  # type: ignore[assignment]
+
+
+def _free(model: Qwen3VL) -> None:
+    for module in _linears(model):
+        if module.packed is not None:
+            module.weight = nn.Parameter(module.weight.to("meta"), requires_grad=False)
+            module.packed = replace(module.packed, version=module.weight._version)
+    if not model.config.tie_word_embeddings:
+        model.packed_head = model.lm_head.packed  # type: ignore[assignment]
+
+
+def _linears(model: nn.Module) -> list[Linear]:
+    return [module for module in model.modules() if isinstance(module, Linear)]
+
+
 def _packed(weight: Tensor) -> PackedWeight:
-    return PackedWeight(torch.ops.mkldnn._reorder_linear_weight(weight, None), weight._version)
+    return PackedWeight(value=torch.ops.mkldnn._reorder_linear_weight(weight, None), version=weight._version)
+
+
+def rounded(weight: Tensor) -> RoundedWeight:
+    """To the nearest of 255 steps between a row's largest magnitude and its negative."""
+    # The scale is a bf16 number, rounded up, so that every kernel can use it as it is and no value leaves the range.
+    scale = (weight.abs().amax(dim=1).float() / 127).clamp(min=1e-30)
+    scale = (scale.view(torch.int32) + 0xFFFF).bitwise_and(-0x10000).view(torch.float32)
+    value = (weight.float() / scale[:, None]).round().to(torch.int8)
+    return RoundedWeight(value=value, scale=scale, version=weight._version)
 
 
 def _refuse_freed(model: Qwen3VL) -> None:
@@ -51,16 +94,17 @@ def _refuse_freed(model: Qwen3VL) -> None:
 
 
 def refresh(model: Qwen3VL) -> None:
-    """Pack anew after the weights changed (between two rollouts)."""
+    """Pack or round anew after the weights changed (between two rollouts)."""
     _refuse_freed(model)
-    if model.packed_head is not None:
-        prepare(model)
+    if isinstance(model.packed_head, RoundedWeight):
+        prepare(model, weights="int8")
+    elif model.packed_head is not None:
+        prepare(model, pack=True)
 
 
 def drop(model: Qwen3VL) -> None:
     """Back to plain weights alone, for training."""
     _refuse_freed(model)
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.packed = None
+    for module in _linears(model):
+        module.packed = None
     model.packed_head = None

@@ -11,9 +11,12 @@ from torch import Tensor
 from qvl.core.batch import Batch, Sample
 from qvl.engine.encoder import Encoder, Visuals, joined
 from qvl.engine.exact import ANSWER_ROWS, PROMPT_QUERIES, PROMPT_ROWS, Segment, Tiled, check_rows, tiled_experts
+from qvl.engine.kernels import MOST_ROWS, KernelPaged, Kernels, Next, fits
 from qvl.engine.kv_cache import KVCache, NewTokens
+from qvl.engine.sampling import Best
 from qvl.engine.scheduler import Chunk
 from qvl.engine.sequence import Sequence
+from qvl.model.attention import Paged
 from qvl.model.config import ModelConfig
 from qvl.model.pack import visual_places
 from qvl.model.positions import positions
@@ -58,6 +61,8 @@ class Outcome:
 
     logits: dict[Sequence, Tensor] = field(default_factory=dict)
     """(V,) on the CPU, for each sequence whose next token can be drawn."""
+    best: dict[Sequence, Best] = field(default_factory=dict)
+    """What greedy draws need of the logits, where the kernels found it."""
     computed: list[Chunk] = field(default_factory=list)
     failed: dict[Sequence, Failure] = field(default_factory=dict)
 
@@ -73,10 +78,17 @@ class _Piece:
     """Counted from the chunk's first token."""
     features: VisualFeatures | None
 
+    @property
+    def is_answer(self) -> bool:
+        """An answer's newest token, after which the next can be drawn: most pieces are one."""
+        return self.chunk.count == 1 and self.chunk.start >= self.chunk.sequence.num_prompt and self.chunk.is_last
+
 
 class Runner:
-    def __init__(self, model: Qwen3VL, cache: KVCache, *, mode: Mode, encoder: Encoder) -> None:
+    def __init__(self, model: Qwen3VL, cache: KVCache, *, mode: Mode, encoder: Encoder, kernels: bool = False) -> None:
+        """`kernels`: the engine's own (kernels.cpp) where they know the model, for fast mode."""
         self.model, self.cache, self.mode, self.encoder = model, cache, mode, encoder
+        self.kernels = Kernels(model, cache) if kernels and fits(model) else None
         if mode == "exact":
             check_rows(model)
 
@@ -94,6 +106,7 @@ class Runner:
                 self._forward(pieces, outcome)
         except Exception as error:
             outcome.logits.clear()
+            outcome.best.clear()
             outcome.computed.clear()
             if len(pieces) == 1:
                 outcome.failed[pieces[0].chunk.sequence] = Failure(error, "the model failed on it")
@@ -140,15 +153,42 @@ class Runner:
         outcome.computed += [piece.chunk for piece in pieces]
 
     def _forward_fast(self, pieces: list[_Piece], outcome: Outcome) -> None:
-        """All in one forward."""
+        """All in one forward, or answers by the kernels and the rest in one forward."""
+        if self.kernels is not None:
+            answers = [piece for piece in pieces if piece.is_answer]
+            for low in range(0, len(answers), MOST_ROWS):
+                self._decode(self.kernels, answers[low : low + MOST_ROWS], outcome)
+            pieces = [piece for piece in pieces if not piece.is_answer]
+            if not pieces:
+                return
         chunks = [piece.chunk for piece in pieces]
-        layout = self.cache.layout([NewTokens(tuple(c.sequence.blocks), c.start, c.count) for c in chunks])
+        news = [NewTokens(tuple(c.sequence.blocks), c.start, c.count) for c in chunks]
+        layout = self.cache.layout(news, Paged if self.kernels is None else KernelPaged)
         batch, features = self._batch(pieces, sum(c.count for c in chunks))
-        hidden_TD = self.model(batch, layout=layout, features=features)
+        forward = self.model if self.kernels is None else self.kernels.forward
+        hidden_TD = forward(batch, layout=layout, features=features)
         last = _last_rows(pieces)
-        if last:
-            logits = self.model.logits(hidden_TD[torch.tensor([row for _, row in last], device=hidden_TD.device)])
-            outcome.logits |= zip((s for s, _ in last), logits.cpu().unbind(0), strict=True)
+        for low in range(0, len(last), MOST_ROWS):
+            part = last[low : low + MOST_ROWS]
+            rows = torch.tensor([row for _, row in part], device=hidden_TD.device)
+            self._give([sequence for sequence, _ in part], hidden_TD[rows], outcome)
+
+    def _decode(self, kernels: Kernels, answers: list[_Piece], outcome: Outcome) -> None:
+        chunks = [piece.chunk for piece in answers]
+        positions = [int(piece.position_3T[0, 0]) for piece in answers]
+        news = [
+            Next(token=c.sequence.tokens[-1], position=position, context=c.start + 1, blocks=c.sequence.blocks)
+            for c, position in zip(chunks, positions, strict=True)
+        ]
+        self._give([c.sequence for c in chunks], kernels.decode(news), outcome)
+
+    def _give(self, sequences: list[Sequence], hidden_SD: Tensor, outcome: Outcome) -> None:
+        if self.kernels is None:
+            logits_SV = self.model.logits(hidden_SD).cpu()
+        else:
+            logits_SV = self.kernels.logits(hidden_SD)
+            outcome.best |= zip(sequences, self.kernels.best(logits_SV), strict=True)
+        outcome.logits |= zip(sequences, logits_SV.unbind(0), strict=True)
 
     def _forward_tile(self, pieces: list[_Piece], rows: int, outcome: Outcome) -> None:
         """One tile; rows without a token are filled with token 0, which sees nothing and writes nothing."""

@@ -131,6 +131,14 @@ class Draw:
     top: tuple[tuple[int, float], ...]
 
 
+@dataclass(frozen=True)
+class Best:
+    """The likeliest token and its logprob, found for all rows of a batch at once; no number where the logits are not finite."""
+
+    token: int
+    logprob: float
+
+
 class Sampler:
     """One sequence's draws: its own generator, and the tokens its penalties know of."""
 
@@ -146,12 +154,25 @@ class Sampler:
             raise ValueError(f"logit_bias names token {bad[0]}; the model knows 0 to {vocab_size - 1}.")
         self.biased = torch.tensor([token for token, _ in sampling.logit_bias], dtype=torch.int64)
         self.bias = torch.tensor([bias for _, bias in sampling.logit_bias])
+        s = sampling
+        penalties = (s.repetition_penalty != 1.0, s.presence_penalty, s.frequency_penalty, s.logit_bias)
+        self.takes_best = s.temperature == 0 and not s.num_logprobs and not any(penalties)
 
-    def __call__(self, logits_V: Tensor, *, allowed: Tensor | None = None, forced: int | None = None) -> Draw:
+    def __call__(
+        self,
+        logits_V: Tensor,
+        *,
+        allowed: Tensor | None = None,
+        forced: int | None = None,
+        best: Best | None = None,
+    ) -> Draw:
         """logits_V: the model's, any dtype, on the CPU. Raises ValueError when they are not finite.
 
-        `allowed` is a grammar's mask; what it does not reach is forbidden. `forced` is taken whatever the model thinks of it.
+        `allowed` is a grammar's mask; what it does not reach is forbidden. `forced` is taken whatever the model thinks of it. `best` is
+        what is known of the logits already: greedy draws that ask for nothing else need no more.
         """
+        if best is not None and self.takes_best and allowed is None and forced is None and math.isfinite(best.logprob):
+            return Draw(best.token, best.logprob, ())
         logits_V = logits_V.float()
         if not bool(torch.isfinite(logits_V).all()):
             raise ValueError(
@@ -165,8 +186,8 @@ class Sampler:
         self.is_in_answer_V[token] = True
         if self.count_V is not None:
             self.count_V[token] += 1
-        best = logprob_V.topk(self.sampling.num_logprobs)
-        top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        likeliest = logprob_V.topk(self.sampling.num_logprobs)
+        top = tuple(zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True))
         return Draw(token, float(logprob_V[token]), top)
 
     def _penalised(self, logits_V: Tensor) -> Tensor:

@@ -29,14 +29,18 @@ class Packed:
 
     lengths: tuple[int, ...]
     is_causal: bool
-    kernel: str | None = None
-    """One of KERNELS; None picks by device, dtype and whether gradients flow."""
+    kernel: "str | Kernel | None" = None
+    """One of KERNELS, or one of somebody's own; None picks by device, dtype and whether gradients flow."""
 
     def attend(self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, *, layer: int) -> Tensor:
-        name = self.kernel or pick_kernel(
+        kernel = self.kernel or pick_kernel(
             q_TNH.device.type, q_TNH.dtype, needs_grad=any(x.requires_grad for x in (q_TNH, k_TKH, v_TKH))
         )
-        return KERNELS[name](q_TNH, k_TKH, v_TKH, self)
+        return (KERNELS[kernel] if isinstance(kernel, str) else kernel)(q_TNH, k_TKH, v_TKH, self)
+
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Packed], Tensor]
+"""(q_TNH, k_TKH, v_TKH, layout) -> o_TNH"""
 
 
 def pick_kernel(device: str, dtype: torch.dtype, *, needs_grad: bool) -> str:
@@ -153,6 +157,11 @@ class Paged:
         key, value = self.key_LBZKH[layer].flatten(0, 1), self.value_LBZKH[layer].flatten(0, 1)
         key.index_copy_(0, self.slot_T, k_TKH)
         value.index_copy_(0, self.slot_T, v_TKH)
+        return self.attend_past(q_TNH, layer=layer)
+
+    def attend_past(self, q_TNH: Tensor, *, layer: int) -> Tensor:
+        """The same when the new tokens' keys and values are in their slots already."""
+        key, value = self.key_LBZKH[layer].flatten(0, 1), self.value_LBZKH[layer].flatten(0, 1)
         out_TNH = torch.empty_like(q_TNH)
         start = 0
         for new, total, blocks in zip(self.query_lengths, self.context_lengths, self.blocks, strict=True):
@@ -161,9 +170,13 @@ class Paged:
             if new == 1:
                 out_TNH[rows] = decode_one(q_TNH[start], seen_key, seen_value)
             else:
-                blocked_sequence(q_TNH[rows], seen_key, seen_value, out_TNH[rows], is_causal=True)
+                self.attend_sequence(q_TNH[rows], seen_key, seen_value, out_TNH[rows])
             start = rows.stop
         return out_TNH
+
+    def attend_sequence(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+        """One sequence: q, out (n, heads, H) over k, v (m, kv heads, H), of which the last query sees all."""
+        blocked_sequence(q, k, v, out, is_causal=True)
 
     def _context(self, pool: Tensor, blocks: tuple[int, ...], total: int) -> Tensor:
         """(total, kv heads, H): a view where the blocks follow each other, a gather where they do not."""
@@ -195,7 +208,7 @@ def varlen(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, layout: Packed) -> Tenso
     return out
 
 
-KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, Packed], Tensor]] = {
+KERNELS: dict[str, Kernel] = {
     "reference": reference,
     "sdpa": sdpa,
     "blocked": blocked,

@@ -29,12 +29,37 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias, self.packed)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PackedWeight:
+    """A weight in oneDNN's own layout."""
+
     value: Tensor
-    """In oneDNN's own layout."""
     version: int
     """The plain weight's count of changes when it was packed."""
+
+    def check(self, weight: Tensor) -> None:
+        """Raises RuntimeError when the plain weight is no longer the one that was packed."""
+        if self.version != weight._version:
+            raise RuntimeError(
+                "the weights changed after they were packed; call engine.prepare.refresh, or drop to train."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundedWeight(PackedWeight):
+    """A weight in whole numbers from -127 to 127, int8 in the plain weight's shape (engine.prepare with weights="int8")."""
+
+    scale: Tensor
+    """fp32, one a row, each of them a bf16 number."""
+
+    def product(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and len(rows) <= 16:
+            return torch.ops.aten._weight_int8pack_mm(rows, self.value, self.scale.to(x.dtype)).unflatten(
+                0, x.shape[:-1]
+            )
+        # Widened anew at each call, which many rows make up for.
+        return F.linear(x, self.value.to(x.dtype) * self.scale.to(x.dtype)[:, None])
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: PackedWeight | None) -> Tensor:
@@ -45,8 +70,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: PackedWeight 
                 "the plain weights were freed for serving (engine.prepare); load the folder again to train or change them."
             )
         return F.linear(x, weight, bias)
-    if packed.version != weight._version:
-        raise RuntimeError("the weights changed after they were packed; call engine.prepare.refresh, or drop to train.")
+    packed.check(weight)
+    if isinstance(packed, RoundedWeight):
+        return packed.product(x) if bias is None else packed.product(x) + bias
     return torch.ops.mkldnn._linear_pointwise(x, packed.value, bias, "none", [], "")
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from qvl.core.batch import Batch
-from qvl.model.attention import Layout, Packed
+from qvl.model.attention import Kernel, Layout, Packed
 from qvl.model.config import ModelConfig
 from qvl.model.decoder import Decoder, DeepStack, embed
 from qvl.model.layers import Linear, PackedWeight, linear
@@ -19,7 +19,7 @@ class Qwen3VL(nn.Module):
     """
 
     packed_head: PackedWeight | None = None
-    """The head in the CPU matmul's order (engine.prepare)."""
+    """The head in the CPU matmul's order, or rounded (engine.prepare)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -58,14 +58,14 @@ class Qwen3VL(nn.Module):
         )
         return self.language_model.norm(x_TD)
 
-    def encode(self, batch: Batch, *, max_patches: int | None = None) -> VisualFeatures:
+    def encode(self, batch: Batch, *, max_patches: int | None = None, kernel: Kernel | None = None) -> VisualFeatures:
         """The batch's images and frames through the vision tower and the mergers."""
         if self.config.vision is None:
             raise ValueError(
                 "this checkpoint is text-only, but the batch holds images or video. Load a Qwen3-VL checkpoint."
             )
         assert batch.patch_PX is not None and batch.grid_I3 is not None
-        return self.visual(batch.patch_PX, batch.grid_I3, batch.frame_lengths, max_patches=max_patches)
+        return self.visual(batch.patch_PX, batch.grid_I3, batch.frame_lengths, max_patches=max_patches, kernel=kernel)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """(T, V) for any rows of hidden states."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qvl.model.attention import Layout, Packed
+from qvl.model.attention import Kernel, Layout, Packed
 from qvl.model.config import VisionConfig
 from qvl.model.layers import Linear, RunBlock, run_plainly
 from qvl.model.merger import Merger
@@ -125,7 +125,7 @@ class Vision(nn.Module):
         frame_lengths: tuple[int, ...],
         *,
         max_patches: int | None = None,
-        kernel: str | None = None,
+        kernel: str | Kernel | None = None,
     ) -> VisualFeatures:
         """`max_patches` runs whole frames in chunks of at most that many patches (a larger frame alone), to bound memory.
 

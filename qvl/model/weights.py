@@ -21,6 +21,10 @@ from qvl.model.qwen3vl import Qwen3VL, empty_model
 Layout = Literal["hub", "v5"]
 """How expert weights lie in a file: "hub" (E, D, 2F) and (E, F, D), used as x @ W; "v5" (transformers 5) their transposes."""
 
+MAPPED_BYTES = 2**28
+"""A file is mapped anew after so many bytes of tensors: pages that were read count as this process's memory until their mapping ends, and a
+model whose weights stand there twice does not fit where one fits."""
+
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -70,6 +74,7 @@ class Source:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files = {path: _open(path) for path in _shards(folder)}
+        self._mapped = 0
         self.home: dict[str, Path] = {}
         for path, file in self.files.items():
             for name in file.keys():  # noqa: SIM118 (safe_open is not a dict)
@@ -82,9 +87,13 @@ class Source:
     def get(self, name: str) -> Tensor:
         path = self.home[name]
         try:
-            return self.files[path].get_tensor(name)
+            tensor = self.files[path].get_tensor(name)
         except (SafetensorError, RuntimeError, OSError) as error:
             raise ValueError(f"{path} could not give tensor {name}: {error}.") from None
+        self._mapped += tensor.nbytes
+        if self._mapped > MAPPED_BYTES:
+            self.files[path], self._mapped = _open(path), 0
+        return tensor
 
     def where(self, name: str) -> str:
         return str(self.home.get(name, self.folder))

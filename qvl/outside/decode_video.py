@@ -8,6 +8,7 @@ import av
 import numpy as np
 from av.error import FFmpegError
 from av.stream import Disposition
+from PIL import Image
 
 from qvl.outside.decode_image import FORMATS, open_picture, rgb
 from qvl.outside.media import MediaError, MediaLimits, Message, check_pixels, refusing
@@ -15,6 +16,8 @@ from qvl.outside.media import MediaError, MediaLimits, Message, check_pixels, re
 # Demuxers that read one file and nothing else. A playlist (HLS, DASH, concat) would open other files and addresses.
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,h264,hevc,ivf,mpegvideo"
 UNREADABLE = "the file is not a readable video (MP4, MOV, MKV, WebM, AVI, MPEG, FLV, WMV, Ogg, GIF or animated WebP)."
+ANIMATION_PICTURES = 16
+"""Frames of an animation, in pictures of the largest size allowed: a thousand of 1024 x 1024."""
 BROKEN = "the video's pictures cannot be decoded; the file is damaged or its codec is not supported. Re-encode it."
 
 
@@ -28,7 +31,7 @@ def video_facts(stream: BinaryIO, limits: MediaLimits) -> Iterator[Message]:
     if _is_animation(stream):
         yield from _animation_facts(stream, limits)
         return
-    with refusing(UNREADABLE), _open(stream) as container:
+    with refusing(UNREADABLE), _open(stream, limits) as container:
         track = _track(container, limits)
         times, keys, notes = _read_packets(container, track, limits)
         num_frames = len(times)
@@ -63,7 +66,7 @@ def video_frames(
     if _is_animation(stream):
         yield from _animation_frames(stream, limits, wanted)
         return
-    with refusing(BROKEN), _open(stream) as container:
+    with refusing(BROKEN), _open(stream, limits) as container:
         track = _track(container, limits)
         track.thread_type = "AUTO"
         track.codec_context.thread_count = 2  # frame threads each hold pictures: 2 keep a 1080p worker under 100 MB
@@ -126,11 +129,10 @@ class _Reader:
         self.frames = self.container.decode(self.track)
 
 
-def _open(stream: BinaryIO) -> Any:
+def _open(stream: BinaryIO, limits: MediaLimits) -> Any:
     stream.seek(0)
-    return av.open(
-        stream, options={"format_whitelist": CONTAINERS, "protocol_whitelist": "none"}, metadata_errors="ignore"
-    )
+    options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "none", "max_pixels": str(limits.max_pixels)}
+    return av.open(stream, options=options, metadata_errors="ignore")
 
 
 def _track(container: Any, limits: MediaLimits) -> Any:
@@ -141,6 +143,8 @@ def _track(container: Any, limits: MediaLimits) -> Any:
     if track.codec_context is None:
         raise MediaError("the video's codec is not supported; re-encode it as H.264.")
     check_pixels("the video", track.codec_context.width, track.codec_context.height, limits)
+    # A stream may change its size on the way: the decoder itself refuses before it takes memory for such a frame.
+    track.codec_context.options = {"max_pixels": str(limits.max_pixels)}
     return track
 
 
@@ -200,18 +204,19 @@ def _animation_facts(stream: BinaryIO, limits: MediaLimits) -> Iterator[Message]
     """GIF, WebP and PNG go through Pillow, which lays partial frames over each other as browsers do. Times are in milliseconds."""
     with refusing(UNREADABLE), open_picture(stream, limits) as picture:
         assert picture.format in FORMATS
-        num_frames = getattr(picture, "n_frames", 1)
-        if num_frames > limits.max_frames:
-            raise MediaError(f"the animation has more than {limits.max_frames:,} frames; cut it first.")
-        times, now, unknown = [], 0.0, 0
-        for number in range(num_frames):
-            picture.seek(number)
+        times, now, unknown, pixels = [], 0.0, 0, 0
+        promised = getattr(picture, "n_frames", 1)
+        _check_length(promised, promised * picture.width * picture.height, limits)
+        while _seek_frame(picture, len(times), limits):
+            pixels += picture.width * picture.height
+            _check_length(len(times), pixels, limits)
             if picture.format == "WEBP":  # its durations are known only after decoding
                 picture.load()
             times.append(round(now))
             duration = float(picture.info.get("duration") or 0)
             unknown += duration <= 0
             now += duration if duration > 0 else 100.0  # what browsers show an unset duration as
+        num_frames = len(times)
         notes = [f"{unknown} of {num_frames} frames have no duration and count 0.1 seconds"] if unknown else []
         header = {
             "num_frames": num_frames,
@@ -227,12 +232,29 @@ def _animation_facts(stream: BinaryIO, limits: MediaLimits) -> Iterator[Message]
     yield header, np.array(times, dtype=np.int64)
 
 
+def _check_length(num_frames: int, pixels: int, limits: MediaLimits) -> None:
+    """Each frame is laid over the whole picture, so a small file can cost hours: before it is begun, and as frames grow it on the way."""
+    if num_frames > limits.max_frames or pixels > ANIMATION_PICTURES * limits.max_pixels:
+        raise MediaError(f"the animation is too long, it has {num_frames:,} frames or more; cut it or scale it down.")
+
+
+def _seek_frame(picture: Image.Image, number: int, limits: MediaLimits) -> bool:
+    """Whether there is such a frame; a GIF's may be larger than the picture it began as."""
+    try:
+        picture.seek(number)
+    except EOFError:
+        return False
+    check_pixels("a frame of the animation", picture.width, picture.height, limits)
+    return True
+
+
 def _animation_frames(stream: BinaryIO, limits: MediaLimits, wanted: list[int]) -> Iterator[Message]:
     """`wanted` holds frame numbers."""
     converted = 0
     with refusing(BROKEN), open_picture(stream, limits) as picture:
         for number in wanted:
-            picture.seek(number)
+            if not _seek_frame(picture, number, limits):
+                raise MediaError(BROKEN)
             pixels = np.array(rgb(picture))
             converted += 1
             yield {"height": pixels.shape[0], "width": pixels.shape[1], "time": number, "exact": True}, pixels

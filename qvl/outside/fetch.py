@@ -36,6 +36,10 @@ def system_resolver(host: str, port: int) -> list[str]:
     return [str(entry[4][0]) for entry in found]
 
 
+class HostRefused(MediaError):
+    """The host is not allowed, not public, or not known. Which of the three is nobody's business but the machine's owner's."""
+
+
 class Fetcher:
     """Opens http(s) addresses, data URIs and local files, each only if allowed.
 
@@ -167,7 +171,7 @@ class Fetcher:
             raise MediaError("the address names no plain host; write a domain name (punycode for other alphabets).")
         if not self._allows(host, port):
             allowed = "none is" if not self.allow_domains else "only " + ", ".join(self.allow_domains)
-            raise MediaError(
+            raise HostRefused(
                 f"fetching from {host} is not allowed ({allowed}); send the file itself or have the domain allowed."
             )
         if parts.scheme == "http" and not self.allow_http:
@@ -187,9 +191,9 @@ class Fetcher:
         try:
             addresses = _within(max(0.0, deadline - time.monotonic()), lambda: self._resolve(host, port))
         except (OSError, UnicodeError) as error:
-            raise MediaError(f"the host {host} cannot be found; check the address.") from error
+            raise HostRefused(f"the host {host} cannot be found; check the address.") from error
         if not addresses or not all(is_public(a) for a in addresses):
-            raise MediaError(f"the host {host} is not on the public internet; send the file itself.")
+            raise HostRefused(f"the host {host} is not on the public internet; send the file itself.")
         return addresses[0]
 
     def _body(self, response: http.client.HTTPResponse, host: str, deadline: float) -> BinaryIO:

@@ -12,6 +12,8 @@ from urllib.parse import unquote
 
 from qvl.outside.media import MediaError
 
+BASE64_PIECE = 4 * 2**18
+"""Letters, whole groups of four: 768 KiB of bytes."""
 _DATA_URI = re.compile(r"data:((?:image|video)/[a-z0-9.+\-]+|application/pdf);base64,", re.IGNORECASE)
 
 
@@ -24,8 +26,16 @@ def open_data_uri(text: str, max_bytes: int) -> BinaryIO:
         )
     if (len(text) - head.end()) * 3 // 4 > max_bytes + 2:
         raise MediaError(f"the data URI holds more than the {max_bytes:,} bytes allowed; send a smaller file.")
+    file = io.BytesIO()
     try:
-        return io.BytesIO(base64.b64decode(text[head.end() :], validate=True))
+        # In pieces, because no other thread of Python runs while one is decoded (a third of a second for 45 MB).
+        for start in range(head.end(), len(text), BASE64_PIECE):
+            piece = text[start : start + BASE64_PIECE]
+            if "=" in piece and start + BASE64_PIECE < len(text):
+                raise ValueError("padding before the end")
+            file.write(base64.b64decode(piece, validate=True))
+        file.seek(0)
+        return file
     except (binascii.Error, ValueError) as error:
         raise MediaError("the data URI is not valid base64; encode the file again without line breaks.") from error
 

@@ -23,8 +23,9 @@ def main(socket_fd: int, life_fd: int, settings: dict[str, Any]) -> None:
     from qvl.outside.decode import run_job
     from qvl.outside.media import MediaError, MediaLimits
 
-    Image.MAX_IMAGE_PIXELS = None  # our own limit is checked on the header, and says the size
     limits = MediaLimits(**settings["limits"])
+    # Our own limit is checked on the header, and says the size; past twice as many Pillow stops by itself, also half-way in a file.
+    Image.MAX_IMAGE_PIXELS = limits.max_pixels
     jobs = importlib.import_module(settings["jobs"]).JOBS
     with socket.socket(fileno=socket_fd) as wire:
         while request := _receive(wire):

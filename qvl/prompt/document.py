@@ -49,9 +49,9 @@ def page_target(width: float, height: float, budget: ImageBudget, dpi: float) ->
 def parse_pages(text: str | None, count: int, most: int) -> list[int]:
     """Page numbers from 0 in the order named; "1-3,7" counts from 1. "5-" runs to the end."""
     if text is None:
-        numbers = list(range(count))
+        numbers, total = list(range(count)), count
     else:
-        numbers = []
+        numbers, total = [], 0
         for part in text.split(","):
             match = re.fullmatch(r"\s*(\d{1,6})\s*(?:(-)\s*(\d{1,6})?)?\s*", part)
             if not match:
@@ -62,7 +62,9 @@ def parse_pages(text: str | None, count: int, most: int) -> list[int]:
                 raise ValueError(
                     f"the page range {text!r} names pages {first}-{last} and the document has pages 1-{count}."
                 )
-            numbers.extend(range(first - 1, last))
-    if len(numbers) > most:
-        raise ValueError(f"{len(numbers)} pages were asked for and at most {most} are allowed; name fewer.")
+            total += last - first + 1
+            if total <= most:  # "1-99999,1-99999,..." is short to write and long to list
+                numbers.extend(range(first - 1, last))
+    if total > most:
+        raise ValueError(f"{total} pages were asked for and at most {most} are allowed; name fewer.")
     return numbers

@@ -1,6 +1,6 @@
 """OpenAI-style dictionaries become messages, and messages dictionaries."""
 
-import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -185,7 +185,8 @@ def _optional(data: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
 
 
 def _number(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    # Compared, not converted: a whole number of 400 digits is no float.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
         raise ValueError(f"{where} is {value!r}; a number was expected.")
     return float(value)
 
@@ -197,7 +198,7 @@ def _refuse_unknown(data: Mapping[str, Any], known: Iterable[str], where: str) -
 
 
 def _near(key: str, known: Iterable[str]) -> str:
-    near = get_close_matches(key, list(known), n=1)
+    near = get_close_matches(key[:64], list(known), n=1)  # a key may come from a stranger, a megabyte long
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

@@ -137,9 +137,11 @@ def _encode_run(run: Sequence[tuple[str, bool]], tokenizer: Tokenizer) -> tuple[
 
 def build_sample(ids: Sequence[int], targets: Sequence[bool] | None, visuals: Sequence[Visual]) -> Sample:
     """The ids, and the patches of all visuals in the order of their places."""
+    patches = [visual.patch_PX for visual in visuals]
     return Sample(
         token_T=torch.tensor(ids, dtype=torch.int64),
-        patch_PX=torch.cat([visual.patch_PX for visual in visuals]) if visuals else None,
+        # Two hours of film are a gigabyte of patches: one visual's are not copied.
+        patch_PX=patches[0] if len(patches) == 1 else torch.cat(patches) if patches else None,
         grid_I3=torch.cat([visual.grid_I3 for visual in visuals]) if visuals else None,
         is_target_T=None if targets is None else torch.tensor(targets, dtype=torch.bool),
     )

@@ -12,6 +12,8 @@ import tokenizers
 
 from qvl.core.config import read_json
 
+LONG_TEXT = 16_384
+"""Letters from which on a text is encoded without holding up the other threads."""
 # Qwen2's split: contractions, words, single digits, punctuation, line breaks, spaces.
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -64,6 +66,9 @@ class Tokenizer:
 
     def _encode(self, text: str) -> tokenizers.Encoding:
         try:
+            if len(text) > LONG_TEXT:
+                # `encode` lets no other thread of Python run meanwhile, nearly a second for a million letters; this does.
+                return self._backend.encode_batch([text], add_special_tokens=False)[0]
             return self._backend.encode(text, add_special_tokens=False)
         except (UnicodeEncodeError, TypeError) as error:
             raise ValueError(
@@ -242,13 +247,23 @@ def read_description(folder: Path) -> dict[str, Any]:
     """The content of tokenizer.json, or the same made from vocab.json and merges.txt with Qwen2's pipeline."""
     if (folder / "tokenizer.json").exists():
         return read_json(folder / "tokenizer.json")
-    vocab = read_json(folder / "vocab.json", "a folder with a tokenizer")
+    if not (folder / "vocab.json").exists():
+        raise ValueError(_no_tokenizer(folder))
+    vocab = read_json(folder / "vocab.json")
     merges_file = folder / "merges.txt"
     if not merges_file.exists():
         raise ValueError(f"{folder} has neither tokenizer.json nor merges.txt; copy the tokenizer's files there.")
     lines = merges_file.read_text(encoding="utf-8").split("\n")
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     return describe(vocab, [(left, right) for left, right in merges], _added_from_config(folder))
+
+
+def _no_tokenizer(folder: Path) -> str:
+    if (folder / "adapter_config.json").exists():
+        return f"{folder} is a LoRA adapter; give the model it was trained on as --model, and this folder as --adapter."
+    inside = next((name for name in ("export", "checkpoint") if (folder / name / "config.json").exists()), None)
+    hint = f"did you mean {folder / inside}?" if inside else "give a folder with published or exported weights."
+    return f"{folder} is no model folder: it has neither tokenizer.json nor vocab.json; {hint}"
 
 
 def _added_from_config(folder: Path) -> list[ControlToken]:

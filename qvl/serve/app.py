@@ -4,11 +4,10 @@ import asyncio
 import base64
 import hashlib
 import json
-import logging
 import re
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -18,53 +17,22 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
+from pydantic_core import from_json
 
 import qvl
 from qvl.core.config import near_miss
-from qvl.serve.chat import Cook, Prepared
+from qvl.serve.chat import Cook
 from qvl.serve.engine_thread import EngineThread, Ticket
 from qvl.serve.errors import Refusal, busy, error_body
 from qvl.serve.gate import Door, Gate
 from qvl.serve.metrics import CONTENT_TYPE, Metrics, Watch
 from qvl.serve.protocol import ChatRequest, TokenizeRequest
 from qvl.serve.reply import Reply
+from qvl.serve.schema import COMPLETION, MODEL, MODELS, REFUSALS, TEXT, TOKENS, replies
 
-log = logging.getLogger("qvl.serve")
 T = TypeVar("T")
 App = FastAPI
-
-ERROR = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-        }
-    },
-}
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    status: {"description": words, "content": {"application/json": {"schema": ERROR}}}
-    for status, words in {
-        400: "The request cannot be answered.",
-        401: "The key is missing or wrong.",
-        404: "There is no such model.",
-        408: "The request did not arrive in time.",
-        413: "The request is too large.",
-        415: "The request is no JSON.",
-        421: "The server has another name.",
-        422: "A field is wrong.",
-        429: "Too many requests; Retry-After says when to come again.",
-        500: "The model failed on this request.",
-        503: "The server is shutting down.",
-    }.items()
-}
 
 
 @dataclass(kw_only=True)
@@ -81,17 +49,32 @@ class Service:
     held_bytes: int = 0
     """Patches of requests between their preparation and their end."""
 
-    async def prepare(self, asked: ChatRequest) -> Prepared:
+    async def off_loop(self, messages: list[dict[str, Any]] | None, work: Callable[[Callable[[], bool]], T]) -> T:
+        """The work, in a thread. It is given what tells whether anybody still waits for it."""
         gone = threading.Event()
-        pool = self.media if has_media(asked.messages) else self.light
-        work = asyncio.get_running_loop().run_in_executor(
-            pool, lambda: self.cook.prepare(asked, is_cancelled=gone.is_set)
-        )
+        pool = self.media if has_media(messages or []) else self.light
         try:
-            return await work
+            return await asyncio.get_running_loop().run_in_executor(pool, work, gone.is_set)
         except asyncio.CancelledError:
             gone.set()
             raise
+
+
+class JsonRequest(Request):
+    """Reads its body with pydantic's parser: five times as fast as Python's, bounded in depth, and without half surrogate pairs."""
+
+    async def json(self) -> Any:
+        return from_json(await self.body())
+
+
+class JsonRoute(APIRoute):
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def read(request: Request) -> Response:
+            return await handle(JsonRequest(request.scope, request.receive))
+
+        return read
 
 
 def make_app(cook: Cook, thread: EngineThread, metrics: Metrics, *, door: Door, media_workers: int = 1) -> FastAPI:
@@ -108,6 +91,7 @@ def make_app(cook: Cook, thread: EngineThread, metrics: Metrics, *, door: Door, 
     async def life(_: FastAPI) -> AsyncIterator[None]:
         thread.start()
         try:
+            await asyncio.get_running_loop().run_in_executor(service.light, cook.grammars.build)
             yield
         finally:
             await asyncio.get_running_loop().run_in_executor(None, thread.stop)
@@ -125,6 +109,7 @@ def make_app(cook: Cook, thread: EngineThread, metrics: Metrics, *, door: Door, 
         redirect_slashes=False,
     )
     app.state.service = service
+    app.router.route_class = JsonRoute
     _handle_errors(app)
     _routes(app, service)
     app.add_middleware(Gate, door=door, metrics=metrics, is_draining=lambda: thread.is_draining)  # type: ignore[arg-type]
@@ -139,12 +124,12 @@ def _routes(app: FastAPI, service: Service) -> None:
     async def chat_page() -> Response:
         return HTMLResponse(page, headers={"content-security-policy": policy})
 
-    @app.get("/health")
+    @app.get("/health", response_class=PlainTextResponse)
     async def health() -> Response:
         """Whether the process lives."""
         return PlainTextResponse("ok")
 
-    @app.get("/readyz")
+    @app.get("/readyz", response_class=PlainTextResponse)
     async def ready() -> Response:
         """Whether it takes requests."""
         if service.thread.is_draining:
@@ -153,30 +138,30 @@ def _routes(app: FastAPI, service: Service) -> None:
             return JSONResponse(error_body(503, "The engine has stopped.", code="engine"), 503)
         return PlainTextResponse("ready")
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(service.metrics.page(), media_type=CONTENT_TYPE)
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=replies(MODELS))
     async def models() -> Response:
         return JSONResponse({"object": "list", "data": [_model(service, name) for name in served.names]})
 
-    @app.get("/v1/models/{name}")
+    @app.get("/v1/models/{name}", responses=replies(MODEL))
     async def model(name: str) -> Response:
         return JSONResponse(_model(service, served.name(name)))
 
-    @app.post("/tokenize")
+    @app.post("/tokenize", responses=replies(TOKENS))
     async def tokenize(asked: TokenizeRequest, request: Request) -> Response:
         """Counts and ids of a conversation, its media included."""
-        pool = service.media if has_media(asked.messages or []) else service.light
-        work = asyncio.get_running_loop().run_in_executor(pool, lambda: service.cook.tokenize(asked))
-        return JSONResponse(await until_gone(request, work))
+        work = service.off_loop(asked.messages, lambda is_gone: service.cook.tokenize(asked, is_cancelled=is_gone))
+        return _json(await until_gone(request, work))
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=replies(COMPLETION, **{"text/event-stream": {"schema": TEXT}}))
     async def chat(asked: ChatRequest, request: Request) -> Response:
         """OpenAI's chat completions, with pictures, videos and documents among the parts of a message."""
         watch = Watch(service.metrics, request.scope["state"]["start"])
-        prepared = await until_gone(request, service.prepare(asked))
+        work = service.off_loop(asked.messages, lambda is_gone: service.cook.prepare(asked, is_cancelled=is_gone))
+        prepared = await until_gone(request, work)
         patches = prepared.request.sample.patch_PX
         size = 0 if patches is None else patches.numel() * patches.element_size()
         if service.held_bytes and service.held_bytes + size > service.cook.kitchen.limits.max_patch_bytes:
@@ -305,16 +290,11 @@ def _handle_errors(app: FastAPI) -> None:
     async def unreadable(_: Request, error: Exception) -> Response:
         return JSONResponse(error_body(400, "The request is no JSON that can be read."), 400)
 
-    async def fault(request: Request, error: Exception) -> Response:
-        log.error("a request failed", exc_info=error)
-        return JSONResponse(error_body(500, "The server failed on this request; its log says why."), 500)
-
     app.add_exception_handler(Refusal, refused)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(400, unreadable)
     app.add_exception_handler(404, not_found)
     app.add_exception_handler(405, wrong_method)
-    app.add_exception_handler(Exception, fault)
 
 
 def read_validation(error: RequestValidationError) -> tuple[int, str, str | None]:

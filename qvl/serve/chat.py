@@ -121,7 +121,7 @@ class Cook:
             reads_calls=bool(tools),
         )
 
-    def tokenize(self, asked: TokenizeRequest) -> dict[str, Any]:
+    def tokenize(self, asked: TokenizeRequest, *, is_cancelled: Callable[[], bool] = lambda: False) -> dict[str, Any]:
         self.served.name(asked.model)
         start = time.monotonic()
         media: list[Medium] = []
@@ -129,8 +129,15 @@ class Cook:
             ids = self.served.processor.tokenizer.encode_text(asked.prompt)
         else:
             messages = read_messages(asked.messages or [])
-            encoded, media, _ = self._encoded(messages, asked.tools, asked.add_generation_prompt)
+            encoded, media, _ = self._encoded(messages, asked.tools, asked.add_generation_prompt, is_cancelled)
             ids = encoded.sample.token_T.tolist()
+        if asked.return_tokens and len(ids) > self.served.max_context:
+            raise Refusal(
+                400,
+                f"{len(ids):,} tokens are more than a request's {self.served.max_context:,}; set return_tokens to false to count them.",
+                param="return_tokens",
+                code="context_length_exceeded",
+            )
         return {
             "count": len(ids),
             "max_model_len": self.served.max_context,
@@ -153,7 +160,7 @@ class Cook:
             encoded = self.served.processor(loaded, tools=given, add_generation_prompt=add_generation_prompt)
         except ValueError as error:
             raise Refusal(400, safe_sentence(error), param="messages") from error
-        return encoded, media, seconds
+        return encoded, [medium.without_patches() for medium in media], seconds
 
     def _sampling(self, asked: ChatRequest) -> Sampling:
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty")
@@ -176,9 +183,19 @@ class Cook:
                 )
             given["logit_bias"] = tuple(sorted(bias.items()))
         try:
-            return replace(self.served.sampling, num_logprobs=asked.top_logprobs or 0, **given)
+            sampling = replace(self.served.sampling, num_logprobs=asked.top_logprobs or 0, **given)
         except ValueError as error:
             raise Refusal(422, safe_sentence(error)) from error
+        most = self.kitchen.limits.max_logprobs
+        tokens = (asked.n or 1) * min(sampling.max_tokens, self.served.max_context)
+        entries = tokens * (1 + sampling.num_logprobs)
+        if asked.logprobs and entries > most:
+            raise Refusal(
+                422,
+                f"n x max_tokens x (1 + top_logprobs) is {entries:,}; at most {most:,} logprobs are given. Ask for fewer.",
+                param="logprobs",
+            )
+        return sampling
 
     def _thinking(self, asked: ChatRequest) -> ThinkingBudget | None:
         tokenizer = self.served.processor.tokenizer

@@ -1,7 +1,6 @@
 """JSON by schema and forced tool calls: which tokens may come next, by llguidance. The only file that imports it."""
 
 import json
-import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -17,16 +16,28 @@ from qvl.serve.errors import Refusal
 WHITESPACE = r"[ \n\t]{0,24}"
 KEPT = 64
 """States of one request that are kept: its answers, and a few steps back."""
+STRAYED = "the answer can no longer follow the schema; simplify the schema."
+"""The one error of a request that comes late and is the client's own: a schema that only turns out too large on the way."""
 
 
 class Grammars:
-    """Makes grammars for one tokenizer; its table of tokens is built when the first is asked for (seconds at 150,000 tokens)."""
+    """Makes grammars for one tokenizer. `build` its table of tokens before anybody is served: at 150,000 tokens nothing else runs for
+    a second meanwhile."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_tokens: frozenset[int]) -> None:
         self.tokenizer, self.vocab_size, self.end_tokens = tokenizer, vocab_size, end_tokens
-        self._lock = threading.Lock()
         self._guidance: Any = None
         self._table: Any = None
+
+    def build(self) -> None:
+        """Nothing happens where llguidance is not installed; a request that needs it is then refused."""
+        try:
+            import llguidance
+        except ImportError:
+            return
+        table = llguidance.TokenizerWrapper(_Vocabulary(self.tokenizer, self.end_tokens))
+        self._table = llguidance.LLTokenizer(table, n_vocab=self.vocab_size, eos_token=sorted(self.end_tokens))
+        self._guidance = llguidance
 
     def json_object(self) -> "Grammar":
         return self.json_schema({"type": "object"})
@@ -56,29 +67,27 @@ class Grammars:
         return self._grammar("\n".join(["start: call" + (' ("\\n" call)*' if many else ""), f"call: {one}", *lines]))
 
     def _grammar(self, lark: str) -> "Grammar":
-        with self._lock:
-            if self._guidance is None:
-                self._build()
-        guidance: Any = self._guidance
-        matcher = guidance.LLMatcher(self._table, guidance.LLMatcher.grammar_from_lark(lark), log_level=0)
-        if matcher.is_error():
-            # The compiler's own words may quote the schema and nothing else; still only their kind is told.
-            raise Refusal(400, "The JSON schema cannot be used: " + _reason(matcher.get_error()), code="schema")
-        return Grammar(matcher, self.vocab_size)
-
-    def _build(self) -> None:
-        try:
-            import llguidance
-        except ImportError as error:
+        if self._guidance is None:
             raise Refusal(
                 400,
                 "This server cannot force an answer's form: the package llguidance is not installed. "
                 "Leave out response_format and use tool_choice auto.",
                 code="unsupported",
-            ) from error
-        table = llguidance.TokenizerWrapper(_Vocabulary(self.tokenizer, self.end_tokens))
-        self._table = llguidance.LLTokenizer(table, n_vocab=self.vocab_size, eos_token=sorted(self.end_tokens))
-        self._guidance = llguidance
+            )
+        guidance: Any = self._guidance
+        # A schema of 500 fields goes past the defaults (2,000 and 50,000 items); these are 25 ms a step, and 100 MB of lexer.
+        limits = guidance.LLParserLimits(max_items_in_row=20_000, step_max_items=500_000, max_lexer_states=50_000)
+        grammar = guidance.LLMatcher.grammar_from_lark(lark)
+        matcher = guidance.LLMatcher(self._table, grammar, log_level=0, limits=limits)
+        if matcher.is_error():
+            # The compiler's own words may quote the schema and nothing else; still only their kind is told.
+            raise Refusal(400, "The JSON schema cannot be used: " + _reason(matcher.get_error()), code="schema")
+        grammar = Grammar(matcher, self.vocab_size)
+        try:
+            grammar.allowed(())
+        except ValueError as error:
+            raise Refusal(400, "The JSON schema cannot be used: no answer follows it.", code="schema") from error
+        return grammar
 
 
 class _Vocabulary:
@@ -91,9 +100,16 @@ class _Vocabulary:
         self.eos_token_id = min(end_tokens)
         self.tokens = [tokenizer.token_bytes(id) for id in range(tokenizer.num_ids)]
         self.special_token_ids = sorted(tokenizer.control_ids)
+        self._id_of_byte = {token[0]: id for id, token in enumerate(self.tokens) if len(token) == 1}
 
     def __call__(self, text: str | bytes) -> list[int]:
-        return self._tokenizer.encode_text(text if isinstance(text, str) else text.decode("utf-8", errors="replace"))
+        """Ids whose bytes are exactly the text's: llguidance takes them for what must come where a schema leaves no choice."""
+        data = text.encode() if isinstance(text, str) else text
+        ids = self._tokenizer.encode_text(data.decode("utf-8", errors="replace"))
+        if b"".join(self.tokens[id] for id in ids) == data:
+            return ids
+        # The tokenizer writes letters composed (NFC), the schema had one in parts; or the bytes are no whole text.
+        return [self._id_of_byte[byte] for byte in data]
 
 
 class Grammar:
@@ -110,7 +126,7 @@ class Grammar:
         mask = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
         bits = np.unpackbits(mask, bitorder="little")[: self.vocab_size].astype(bool)
         if matcher.is_error() or not bits.any():
-            raise ValueError("the answer can no longer follow the schema; simplify the schema.")
+            raise ValueError(STRAYED)
         return torch.from_numpy(bits)
 
     def _matcher(self, tokens: tuple[int, ...]) -> Any:
@@ -126,7 +142,7 @@ class Grammar:
             matcher = parent.deep_copy()
             is_read = matcher.consume_token(tokens[-1])
         if not is_read:
-            raise ValueError("the answer left the schema.")
+            raise ValueError(STRAYED)
         self._matchers[tokens] = matcher
         while len(self._matchers) > KEPT:
             self._matchers.popitem(last=False)

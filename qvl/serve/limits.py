@@ -11,6 +11,10 @@ class Limits:
     """Of a request; pictures travel in it as base64."""
     body_seconds: float = 60.0
     """Until the whole request must be here (a slow sender holds a connection, never a place in the queue)."""
+    max_held_bytes: int = 512 * 1024**2
+    """Of all requests that arrive or are worked on; past it a new one is asked to come again."""
+    max_values: int = 2**16
+    """Items of the request's lists and objects, in all: what is cheap to send and dear to read."""
     max_messages: int = 512
     max_parts: int = 1024
     """Words and media of the whole conversation."""
@@ -18,6 +22,8 @@ class Limits:
     """Pictures, videos and PDFs of the whole conversation."""
     max_text: int = 4 * 1024**2
     """Characters of the whole conversation."""
+    max_logprobs: int = 2**20
+    """Entries one reply may hold: answers x tokens x (1 + top_logprobs)."""
     max_answers: int = 16
     """n (CVE-2026-34756: 16,384 of them in one request)."""
     max_stop: int = 16
@@ -29,6 +35,8 @@ class Limits:
     max_schema_depth: int = 32
     max_medium_bytes: int = 256 * 1024**2
     """One medium that is fetched or read from an allowed folder."""
+    max_worker_bytes: int = 768 * 1024**2
+    """Memory of a process that decodes media."""
     max_frames: int = 2048
     """Frames of one video (CVE-2026-105758: a request's own num_frames without a ceiling)."""
     max_image_tokens: int = 16384

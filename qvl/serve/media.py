@@ -4,17 +4,19 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from qvl.outside.fetch import Fetcher
+from qvl.outside.fetch import Fetcher, HostRefused
 from qvl.outside.media import MediaError, MediaLimits
 from qvl.outside.workers import WorkerPool
+from qvl.prompt.budget import ImageBudget
 from qvl.prompt.document import load_document
 from qvl.prompt.image import image_patches, load_image
 from qvl.prompt.message import MEDIA, ContentPart, Document, Image, Message, Text, Video
 from qvl.prompt.processor import Processor, image_budget_for, video_sampling_for
+from qvl.prompt.sampling import VideoSampling
 from qvl.prompt.video import frames_video, load_video
 from qvl.prompt.visual import Visual
 from qvl.serve.errors import Refusal, safe_sentence
@@ -27,6 +29,8 @@ class Medium:
 
     kind: Literal["image", "video", "page"]
     visual: Visual
+    budget: ImageBudget | VideoSampling
+    """What held for it: the server's own, or the part's wishes."""
 
     def facts(self) -> dict[str, Any]:
         """What was made of it: sizes, frames and times, for clients who ask."""
@@ -37,12 +41,18 @@ class Medium:
             "grid_thw": [len(visual.grid_I3), *visual.grid_I3[0, 1:].tolist()],
             "size": [visual.width, visual.height],
             "source_size": [visual.source_width, visual.source_height],
+            "budget": asdict(self.budget),
         }
         if self.kind == "video":
             facts["timestamps"] = None if visual.seconds is None else [round(s, 3) for s in visual.seconds]
             facts["frame_indices"] = None if visual.frame_indices is None else list(visual.frame_indices)
             facts["fps"] = visual.fps
         return facts | ({"notes": list(visual.notes)} if visual.notes else {})
+
+    def without_patches(self) -> "Medium":
+        """For the reply, which tells sizes alone: the patches go on in the request's sample, and are held once."""
+        patch_PX = self.visual.patch_PX
+        return replace(self, visual=replace(self.visual, patch_PX=patch_PX.new_empty(0, patch_PX.shape[1])))
 
 
 class Kitchen:
@@ -64,7 +74,12 @@ class Kitchen:
         self.allows_addresses = bool(allow_domains)
         self.allows_files = bool(allow_folders)
         self.pool = WorkerPool(
-            MediaLimits(max_bytes=limits.max_medium_bytes, max_pages=limits.max_pages, max_seconds=media_seconds),
+            MediaLimits(
+                max_bytes=limits.max_medium_bytes,
+                max_pages=limits.max_pages,
+                max_seconds=media_seconds,
+                memory_bytes=limits.max_worker_bytes,
+            ),
             size=workers,
         )
         self.fetcher = Fetcher(
@@ -148,19 +163,20 @@ class Kitchen:
             if isinstance(part, Image):
                 raster = load_image(opened(part.source), self.pool)
                 budget = image_budget_for(images, part.min_tokens, part.max_tokens)
-                yield Medium(kind="image", visual=image_patches(raster, budget))
+                yield Medium(kind="image", visual=image_patches(raster, budget), budget=budget)
             elif isinstance(part, Document):
                 budget = image_budget_for(images, None, part.max_tokens)
                 for page in load_document(opened(part.source), part.pages, budget, self.pool):
-                    yield Medium(kind="page", visual=page)
+                    yield Medium(kind="page", visual=page, budget=budget)
             elif isinstance(part.source, tuple):
                 frames = [opened(frame) for frame in part.source]
                 sampling = video_sampling_for(videos, part)
                 visual = frames_video(frames, sampling, self.pool, fps=part.frame_fps, seconds=part.frame_seconds)
-                yield Medium(kind="video", visual=visual)
+                yield Medium(kind="video", visual=visual, budget=sampling)
             else:
                 sampling = video_sampling_for(videos, part)
-                yield Medium(kind="video", visual=load_video(opened(part.source), sampling, self.pool))
+                visual = load_video(opened(part.source), sampling, self.pool)
+                yield Medium(kind="video", visual=visual, budget=sampling)
 
     def _open(self, source: str) -> BinaryIO:
         """Off until allowed: an address by its domain, a file by its folder. What is allowed is nobody's business."""
@@ -173,14 +189,9 @@ class Kitchen:
                 raise MediaError("this server reads no files of its own; send the file itself as a data URI.")
         try:
             return self.fetcher.open(source)
-        except MediaError as error:
-            text = str(error)
-            if "is not allowed" in text or "not on the public internet" in text or "cannot be found" in text:
-                # One sentence for all three: which names exist inside is nobody's business either.
-                raise MediaError(
-                    "this server may not fetch from that host; send the file itself as a data URI."
-                ) from error
-            raise
+        except HostRefused as error:
+            # One sentence for all: which names exist inside is nobody's business either.
+            raise MediaError("this server may not fetch from that host; send the file itself as a data URI.") from error
 
 
 def media_key(visual: Visual) -> bytes:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
 from qvl.serve.limits import Limits
 
@@ -14,13 +14,22 @@ LIMITS = Limits()
 Name = Annotated[str, Field(max_length=256)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Stop = Annotated[str, Field(min_length=1, max_length=LIMITS.max_stop_length)]
+Token = Annotated[str, Field(pattern=r"^[0-9]{1,7}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
+def _not_wide(value: Any) -> Any:
+    """Before its items are looked at: a mistake is written for each, and a hundred thousand take a second."""
+    if isinstance(value, dict) and len(value) > LIMITS.max_logit_bias:
+        raise ValueError(f"{len(value):,} fields; at most {LIMITS.max_logit_bias:,} are allowed.")
+    return value
 
 
 class Strict(BaseModel):
     """No unknown fields, no text where a number belongs, no NaN."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+    _checks_width = model_validator(mode="before")(_not_wide)
 
 
 class StreamOptions(Strict):
@@ -107,10 +116,9 @@ class ChatRequest(Conversation):
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: (
-        Annotated[dict[Annotated[str, Field(pattern=r"^[0-9]{1,7}$")], Bias], Field(max_length=LIMITS.max_logit_bias)]
-        | None
-    ) = None
+    logit_bias: Annotated[
+        dict[Token, Bias] | None, Field(max_length=LIMITS.max_logit_bias), BeforeValidator(_not_wide)
+    ] = None
     seed: Seed | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=LIMITS.max_stop)] | None = None
     logprobs: bool | None = False

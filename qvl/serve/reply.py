@@ -12,6 +12,7 @@ from qvl.prompt.coordinates import Boxes, item_to_dict, read_boxes
 from qvl.prompt.tokenizer import Tokenizer
 from qvl.serve.chat import Prepared, Served
 from qvl.serve.errors import Refusal, error_body
+from qvl.serve.grammar import STRAYED
 from qvl.serve.metrics import Watch
 from qvl.serve.split import CallArguments, CallStart, Delta, Splitter, Thought, Words, marks_of
 
@@ -97,7 +98,8 @@ class Reply:
         async for event in events:
             self.push(event)
         if all(answer.finish == "error" for answer in self.answers):
-            raise Refusal(500, self.answers[0].error or "The model failed on this request.", code="engine")
+            said = self.answers[0].error or "The model failed on this request."
+            raise Refusal(400, said, code="schema") if said == STRAYED else Refusal(500, said, code="engine")
         if all(answer.finish == "cancelled" for answer in self.answers):
             raise Refusal(503, "The server is shutting down.", code="draining", headers={"Retry-After": "5"})
         choices = [

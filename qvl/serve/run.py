@@ -7,6 +7,7 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from qvl.serve.app import Service
 from qvl.serve.engine_thread import EngineThread
@@ -15,6 +16,30 @@ log = logging.getLogger("qvl.serve")
 
 HEADER_BYTES = 16 * 1024
 """Request line and headers together (CVE-2025-48956)."""
+HEAD_SECONDS = 15.0
+"""How long they may take to come, or twice that after an earlier request."""
+
+
+class Protocol(H11Protocol):
+    """Sends away who is connected and does not bring a whole head: uvicorn's own clock ends with the first byte that drips in."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._seen: object = self
+        self._look()
+
+    def _look(self) -> None:
+        # Between two looks a head must have come.
+        waits = self.cycle is None or self.cycle.response_complete
+        if waits and self._seen is self.cycle:
+            self.transport.close()
+            return
+        self._seen = self.cycle if waits else self
+        self._next_look = self.loop.call_later(HEAD_SECONDS, self._look)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._next_look.cancel()
+        super().connection_lost(exc)
 
 
 class Server(uvicorn.Server):
@@ -26,7 +51,7 @@ class Server(uvicorn.Server):
                 app,
                 host=host,
                 port=port,
-                http="h11",
+                http=Protocol,
                 ws="none",
                 loop="asyncio",
                 lifespan="on",

@@ -224,15 +224,21 @@ def _settings(config: LoopConfig, others: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_settings(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) == now.get(name):
-            continue
-        told = f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
-        if name != "steps":
-            raise ValueError(
-                f"the run in {out} cannot go on: {told}; give the old value, or another folder for a new run."
-            )
-        log.warning("%s, so the learning rate follows another schedule from here", told)
+    told = {
+        name: f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    }
+    longer = told.pop("steps", None)
+    if told:
+        # The number of steps comes along, for other settings may follow from it.
+        first = "; ".join([*([longer] if longer else []), next(iter(told.values()))])
+        raise ValueError(
+            f"the run in {out} cannot go on: {first}. Give the old value, or another folder for a new run (which may start from what "
+            "this one exported)."
+        )
+    if longer:
+        log.warning("%s, so the learning rate follows another schedule from here", longer)
 
 
 def _resume(
