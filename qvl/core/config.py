@@ -59,8 +59,13 @@ def to_dict(config: Any) -> dict[str, Any]:
 def near_miss(word: str, known: typing.Iterable[str]) -> str:
     """ "; did you mean 'temperature'?" when one of the known words is near, else the list of them."""
     known = sorted(known)
-    near = difflib.get_close_matches(word[:64], known, n=1)  # a word may come from a stranger, a megabyte long
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known) or 'none'}"
+    return did_you_mean(word, known) or f"; known: {', '.join(known) or 'none'}"
+
+
+def did_you_mean(word: str, known: typing.Iterable[str]) -> str:
+    """The first half of that; nothing where no known word is near."""
+    near = difflib.get_close_matches(word[:64], list(known), n=1)  # a word may come from a stranger, a megabyte long
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _build(cls: type[C], data: Any, where: str, path: str, missing: Any) -> C:

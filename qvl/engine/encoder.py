@@ -10,7 +10,7 @@ from qvl.model.attention import Kernel
 from qvl.model.config import ModelConfig
 from qvl.model.pack import frame_lengths
 from qvl.model.qwen3vl import Qwen3VL
-from qvl.model.vision import VisualFeatures, frame_chunks
+from qvl.model.vision import VisualFeatures, frame_chunks, joined
 
 GROUP_PATCHES = 4096
 """Patches that go through the vision tower at once, in whole frames: a picture of 1024 x 1024, or 17 s of a small video. Bounds memory,
@@ -84,9 +84,7 @@ class Encoder:
                 continue
             if number not in visuals.held:
                 visuals.held[number] = self._group(visuals.sample, group)
-            whole = visuals.held[number]
-            part = slice(max(low, group.low) - group.low, min(high, group.high) - group.low)
-            pieces.append(VisualFeatures(whole.merged_MD[part], tuple(level[part] for level in whole.deepstack)))
+            pieces.append(visuals.held[number].part(max(low, group.low) - group.low, min(high, group.high) - group.low))
             if group.high <= high:
                 del visuals.held[number]
         return joined(pieces)
@@ -128,10 +126,3 @@ class Encoder:
 
 def num_bytes(features: VisualFeatures) -> int:
     return sum(x.numel() * x.element_size() for x in (features.merged_MD, *features.deepstack))
-
-
-def joined(pieces: list[VisualFeatures]) -> VisualFeatures:
-    if len(pieces) == 1:
-        return pieces[0]
-    levels = zip(*(f.deepstack for f in pieces), strict=True)
-    return VisualFeatures(torch.cat([f.merged_MD for f in pieces]), tuple(torch.cat(level) for level in levels))

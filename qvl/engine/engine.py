@@ -10,7 +10,7 @@ from qvl.engine.blocks import BlockManager
 from qvl.engine.encoder import Encoder, visuals_of
 from qvl.engine.kernels import vision_kernel
 from qvl.engine.kv_cache import KVCache, bytes_per_block, new_cache
-from qvl.engine.request import Event, Finish, Request, check, rows_of_visuals
+from qvl.engine.request import Event, Request, check, ended, rows_of_visuals
 from qvl.engine.runner import Failure, Mode, Prompt, Runner, prompt_of
 from qvl.engine.sampling import Best
 from qvl.engine.scheduler import QueueFull, Scheduler
@@ -175,7 +175,7 @@ class Engine:
             return
         for answer in task.answers.values():
             self.scheduler.remove(answer.sequence)
-        self._pending += [_end(id, index, "cancelled") for index in task.unfinished()]
+        self._pending += [ended(id, index, "cancelled") for index in task.unfinished()]
 
     # ---- what comes back
 
@@ -190,9 +190,8 @@ class Engine:
         outcome = self.runner.run(chunks, lambda sequence: self._tasks[sequence.request].prompt)
         self.scheduler.computed(outcome.computed)
         for chunk in outcome.computed:
-            is_decode = chunk.count == 1 and chunk.start >= chunk.sequence.num_prompt and chunk.is_last
-            self._decoded += is_decode
-            self._prefilled += 0 if is_decode else chunk.count
+            self._decoded += chunk.is_answer
+            self._prefilled += 0 if chunk.is_answer else chunk.count
         for sequence, failure in outcome.failed.items():
             events += self._fail(sequence, failure)
         for sequence, logits_V in outcome.logits.items():
@@ -237,7 +236,7 @@ class Engine:
         sentence = _sentence(failure)
         task.is_forked = True
         self._drop(task, sequence.index)
-        return [_end(sequence.request, index, "error", sentence) for index in lost]
+        return [ended(sequence.request, index, "error", sentence) for index in lost]
 
     def _drop(self, task: _Task, index: int) -> None:
         del task.answers[index]
@@ -303,10 +302,6 @@ def _spans(request: Request, rows_of_key: tuple[int, ...], config: ModelConfig) 
         ]
     starts, lengths = runs.start_I.tolist(), runs.length_I.tolist()
     return tuple(Span(s, s + n, key) for s, n, key in zip(starts, lengths, keys, strict=True))
-
-
-def _end(request: str, index: int, finish: Finish, error: str | None = None) -> Event:
-    return Event(request=request, index=index, draw=None, text="", finish=finish, error=error)
 
 
 def _sentence(failure: Failure) -> str:

@@ -81,6 +81,11 @@ class Event:
     """Prompt tokens whose keys and values came from the prefix cache."""
 
 
+def ended(request: str, index: int, finish: Finish, error: str | None = None) -> Event:
+    """The end of an answer that gets no further token."""
+    return Event(request=request, index=index, draw=None, text="", finish=finish, error=error)
+
+
 def check(request: Request, config: ModelConfig, name: str = "the prompt") -> None:
     """Raises ValueError in one sentence where a request can never be answered, whatever the cache's size."""
     sample, text = request.sample, config.text

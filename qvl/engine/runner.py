@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qvl.core.batch import Batch, Sample
-from qvl.engine.encoder import Encoder, Visuals, joined
+from qvl.engine.encoder import Encoder, Visuals
 from qvl.engine.exact import ANSWER_ROWS, PROMPT_QUERIES, PROMPT_ROWS, Segment, Tiled, check_rows, tiled_experts
 from qvl.engine.kernels import MOST_ROWS, KernelPaged, Kernels, Next, fits
 from qvl.engine.kv_cache import KVCache, NewTokens
@@ -21,7 +21,7 @@ from qvl.model.config import ModelConfig
 from qvl.model.pack import visual_places
 from qvl.model.positions import positions
 from qvl.model.qwen3vl import Qwen3VL
-from qvl.model.vision import VisualFeatures
+from qvl.model.vision import VisualFeatures, joined
 
 Mode = Literal["exact", "fast"]
 _NONE = torch.zeros(0, dtype=torch.int64)
@@ -42,9 +42,7 @@ class Prompt:
 def prompt_of(sample: Sample, config: ModelConfig, visuals: Visuals) -> Prompt:
     """Raises ValueError where placeholders and grids disagree."""
     position_3T = positions(sample.token_T, (sample.num_tokens,), sample.grid_I3, config, second_I=sample.second_I)
-    visual_M = torch.zeros(0, dtype=torch.int64)
-    if sample.grid_I3 is not None:
-        visual_M = visual_places(sample.token_T, config)
+    visual_M = _NONE if sample.grid_I3 is None else visual_places(sample.token_T, config)
     return Prompt(position_3T, visual_M, int(position_3T.max()) + 1, visuals)
 
 
@@ -77,11 +75,6 @@ class _Piece:
     visual_M: Tensor
     """Counted from the chunk's first token."""
     features: VisualFeatures | None
-
-    @property
-    def is_answer(self) -> bool:
-        """An answer's newest token, after which the next can be drawn: most pieces are one."""
-        return self.chunk.count == 1 and self.chunk.start >= self.chunk.sequence.num_prompt and self.chunk.is_last
 
 
 class Runner:
@@ -155,10 +148,10 @@ class Runner:
     def _forward_fast(self, pieces: list[_Piece], outcome: Outcome) -> None:
         """All in one forward, or answers by the kernels and the rest in one forward."""
         if self.kernels is not None:
-            answers = [piece for piece in pieces if piece.is_answer]
+            answers = [piece for piece in pieces if piece.chunk.is_answer]
             for low in range(0, len(answers), MOST_ROWS):
                 self._decode(self.kernels, answers[low : low + MOST_ROWS], outcome)
-            pieces = [piece for piece in pieces if not piece.is_answer]
+            pieces = [piece for piece in pieces if not piece.chunk.is_answer]
             if not pieces:
                 return
         chunks = [piece.chunk for piece in pieces]
@@ -271,8 +264,7 @@ def _cut(piece: _Piece, low: int, high: int) -> _Piece:
     first, last = torch.searchsorted(piece.visual_M, torch.tensor([low, high])).tolist()
     features = None
     if piece.features is not None and last > first:
-        whole = piece.features
-        features = VisualFeatures(whole.merged_MD[first:last], tuple(level[first:last] for level in whole.deepstack))
+        features = piece.features.part(first, last)
     return _Piece(
         chunk, piece.token_T[low:high], piece.position_3T[:, low:high], piece.visual_M[first:last] - low, features
     )

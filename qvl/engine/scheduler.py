@@ -26,6 +26,11 @@ class Chunk:
         """Whether the sequence's next token can be drawn after it."""
         return self.start + self.count == len(self.sequence.tokens)
 
+    @property
+    def is_answer(self) -> bool:
+        """An answer's newest token, after which the next can be drawn: most chunks are one."""
+        return self.count == 1 and self.start >= self.sequence.num_prompt and self.is_last
+
 
 class Scheduler:
     """Knows no tensors. A step is `schedule`, the model's work, `computed`.

@@ -1,5 +1,6 @@
 """The vision tower: native-resolution patches of all images and frames in one packed call."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,17 @@ class VisualFeatures:
     """What takes the placeholders' place."""
     deepstack: tuple[Tensor, ...]
     """One (M, D) tensor for each DeepStack level."""
+
+    def part(self, low: int, high: int) -> "VisualFeatures":
+        """Those of the visual tokens [low, high)."""
+        return VisualFeatures(self.merged_MD[low:high], tuple(level[low:high] for level in self.deepstack))
+
+
+def joined(pieces: Sequence[VisualFeatures]) -> VisualFeatures:
+    if len(pieces) == 1:
+        return pieces[0]
+    levels = zip(*(f.deepstack for f in pieces), strict=True)
+    return VisualFeatures(torch.cat([f.merged_MD for f in pieces]), tuple(torch.cat(level) for level in levels))
 
 
 @dataclass(frozen=True)
@@ -139,10 +151,7 @@ class Vision(nn.Module):
             local = PatchPlaces(places.row_P[rows], places.column_P[rows], places.height_P[rows], places.width_P[rows])
             features.append(self._encode(patch_PX[rows], local, Packed(chunk, is_causal=False, kernel=kernel)))
             start = rows.stop
-        if len(features) == 1:
-            return features[0]
-        levels = zip(*(f.deepstack for f in features), strict=True)
-        return VisualFeatures(torch.cat([f.merged_MD for f in features]), tuple(torch.cat(level) for level in levels))
+        return joined(features)
 
     def patch_states(self, patch_PX: Tensor, grid_I3: Tensor, frame_lengths: tuple[int, ...]) -> Tensor:
         """Patches after the last block, before any merger (P, C): what the vision pre-stage trains."""

@@ -20,9 +20,8 @@ def image(stream: BinaryIO, limits: MediaLimits) -> Iterator[Message]:
     if name := not_a_picture(head):
         raise MediaError(f"the file is {name}, no picture; hand it in as such.")
     with refusing(UNREADABLE), open_picture(stream, limits) as picture:
-        ImageOps.exif_transpose(
-            picture, in_place=True
-        )  # `upright` without its copy, a quarter of a gigabyte at 64 million pixels
+        # `upright` without its copy, a quarter of a gigabyte at 64 million pixels.
+        ImageOps.exif_transpose(picture, in_place=True)
         pixels = np.array(rgb(picture))
     yield {"height": pixels.shape[0], "width": pixels.shape[1]}, pixels
 

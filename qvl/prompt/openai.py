@@ -2,9 +2,9 @@
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 
+from qvl.core.config import did_you_mean
 from qvl.prompt.message import (
     ROLES,
     ContentPart,
@@ -94,7 +94,7 @@ def _part_from(data: Any, where: str) -> ContentPart:
             raise ValueError(f"{where} has no 'type'; it must be one of {', '.join(PART_KEYS)}.")
         kind = found[0]
     if kind not in PART_KEYS:
-        hint = _near(str(kind), PART_KEYS)
+        hint = did_you_mean(str(kind), PART_KEYS)
         raise ValueError(f"{where} has the type {kind!r}{hint}; it must be one of {', '.join(PART_KEYS)}.")
     _refuse_unknown(data, PART_KEYS[kind] | {"type"}, where)
     if kind not in data:
@@ -194,12 +194,7 @@ def _number(value: Any, where: str) -> float:
 def _refuse_unknown(data: Mapping[str, Any], known: Iterable[str], where: str) -> None:
     for key in data:
         if key not in known:
-            raise ValueError(f"{where} has an unknown field {key!r}{_near(str(key), known)}.")
-
-
-def _near(key: str, known: Iterable[str]) -> str:
-    near = get_close_matches(key[:64], list(known), n=1)  # a key may come from a stranger, a megabyte long
-    return f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{where} has an unknown field {key!r}{did_you_mean(str(key), known)}.")
 
 
 # ---- to dictionaries --------------------------------------------------------------------------------------------

@@ -163,7 +163,7 @@ def _routes(app: FastAPI, service: Service) -> None:
         work = service.off_loop(asked.messages, lambda is_gone: service.cook.prepare(asked, is_cancelled=is_gone))
         prepared = await until_gone(request, work)
         patches = prepared.request.sample.patch_PX
-        size = 0 if patches is None else patches.numel() * patches.element_size()
+        size = 0 if patches is None else patches.nbytes
         if service.held_bytes and service.held_bytes + size > service.cook.kitchen.limits.max_patch_bytes:
             raise busy("The media of waiting requests fill the memory set aside for them; try again later.", 5)
         watch.queued(prepared.media_seconds, prepared.request.sample.num_tokens, bool(prepared.media))

@@ -6,10 +6,9 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from qvl.engine.engine import Engine, EngineStats, QueueFull
-from qvl.engine.request import Event, Request
+from qvl.engine.request import Event, Request, ended
 from qvl.serve.errors import Refusal, busy, draining, safe_sentence
 
 log = logging.getLogger("qvl.serve")
@@ -117,7 +116,7 @@ class EngineThread:
                     self._step(name, engine)
         for ticket in list(self._tickets.values()):
             self._cancel(ticket)
-            self._send(ticket, [_failed(ticket.request, i, "cancelled", None) for i in range(ticket.request.n)])
+            self._send(ticket, [ended(ticket.request.id, i, "cancelled") for i in range(ticket.request.n)])
 
     def _has_work(self) -> bool:
         return any(engine.has_work for engine in self.engines.values())
@@ -162,7 +161,7 @@ class EngineThread:
             log.exception("a step of the engine failed")
             events = []
             for ticket in [t for t in self._tickets.values() if t.model == name]:
-                events += [_failed(ticket.request, i, "error", BROKEN) for i in range(ticket.request.n)]
+                events += [ended(ticket.request.id, i, "error", BROKEN) for i in range(ticket.request.n)]
                 try:
                     engine.cancel(ticket.request.id)
                 except Exception:
@@ -190,10 +189,6 @@ class EngineThread:
 
     def _report(self, name: str) -> None:
         self._on_stats(name, self.engines[name].stats())
-
-
-def _failed(request: Request, index: int, finish: Any, error: str | None) -> Event:
-    return Event(request=request.id, index=index, draw=None, text="", finish=finish, error=error)
 
 
 def _call(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:

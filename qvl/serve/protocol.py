@@ -94,15 +94,12 @@ class Grounding(Strict):
     """Which picture of the conversation, counted from 0; -1 is the last."""
 
 
-class Conversation(Strict):
-    """What both routes take. The parts of a message are read by qvl.prompt.openai, which names a wrong field and its like."""
-
+class ChatRequest(Strict):
     model: Name | None = None
+    # The parts of a message are read by qvl.prompt.openai, which names a wrong field and its like.
     messages: Annotated[list[dict[str, JsonValue]], Field(min_length=1, max_length=LIMITS.max_messages)]
     tools: Annotated[list[Tool], Field(max_length=LIMITS.max_tools)] | None = None
 
-
-class ChatRequest(Conversation):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=LIMITS.max_answers)] | None = 1

@@ -11,7 +11,7 @@ from qvl.engine.sampling import Draw
 from qvl.prompt.coordinates import Boxes, item_to_dict, read_boxes
 from qvl.prompt.tokenizer import Tokenizer
 from qvl.serve.chat import Prepared, Served
-from qvl.serve.errors import Refusal, error_body
+from qvl.serve.errors import Refusal, draining, error_body
 from qvl.serve.grammar import STRAYED
 from qvl.serve.metrics import Watch
 from qvl.serve.split import CallArguments, CallStart, Delta, Splitter, Thought, Words, marks_of
@@ -101,7 +101,7 @@ class Reply:
             said = self.answers[0].error or "The model failed on this request."
             raise Refusal(400, said, code="schema") if said == STRAYED else Refusal(500, said, code="engine")
         if all(answer.finish == "cancelled" for answer in self.answers):
-            raise Refusal(503, "The server is shutting down.", code="draining", headers={"Retry-After": "5"})
+            raise draining()
         choices = [
             {
                 "index": answer.index,

@@ -34,11 +34,10 @@ def tagged(
 ) -> World:
     """The colour behind one of four tags, each of which is set once; `distractors` sentences name colours without a tag.
 
-    `answers`: how many colours there are.
-
     The text is at least `length` long by `measure`: words, of which any tokenizer makes at least as many tokens, or the tokens of your
     own tokenizer. `depth` says where the needle stands, 0 at the start and 1 at the end; without it, anywhere. `hay` is real prose to
     hide it in, measured in its own way; without it, sentences are made up. `ask_all` goes on to ask for the other tags in later turns.
+    `answers` says how many colours there are.
     """
     if length < 32:
         raise ValueError(f"length is {length}; give at least 32, which holds the four tags.")
