@@ -24,10 +24,13 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    rows = [row for name in args.suites for row in SUITES[name](rounds=args.rounds, device=args.device)]
+    rows: list[Row] = []
+    for name in args.suites:
+        for row in SUITES[name](rounds=args.rounds, device=args.device):
+            rows.append(row)
+            if args.keep:  # at once: what was measured outlives a run that is broken off
+                append(row, args.device)
     show(rows)
-    if args.keep:
-        append(rows, args.device)
 
 
 def show(rows: list[Row]) -> None:

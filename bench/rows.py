@@ -64,11 +64,12 @@ def seconds(work: Callable[[], object], device: str = "cpu") -> float:
 
 
 def in_turn(
-    ours: Callable[[], object], theirs: Callable[[], object], rounds: int, device: str = "cpu"
+    ours: Callable[[], object], theirs: Callable[[], object], rounds: int, device: str = "cpu", *, warm: bool = True
 ) -> tuple[float, float, float]:
     """(our median, their median, median of their/our), the two run in turn so that a drifting machine hits both."""
-    ours()
-    theirs()
+    if warm:
+        ours()
+        theirs()
     pairs = [(seconds(ours, device), seconds(theirs, device)) for _ in range(rounds)]
     return (
         statistics.median(a for a, _ in pairs),
@@ -88,9 +89,10 @@ def measured(
     shape: str,
     rounds: int,
     device: str = "cpu",
+    warm: bool = True,
 ) -> Row:
-    """The row of two workloads run in turn; `limit` is the floor in seconds and what it is made of."""
-    a, b, ratio = in_turn(ours, theirs, rounds, device)
+    """The row of two workloads run in turn; `limit` is the floor in seconds and what it is made of. `warm` calls each once before."""
+    a, b, ratio = in_turn(ours, theirs, rounds, device, warm=warm)
     return Row(
         suite=suite,
         metric=metric,
@@ -108,8 +110,8 @@ def measured(
     )
 
 
-def append(rows: list[Row], device: str = "cpu") -> None:
-    """Add rows with date, commit (marked when the tree differs from it), machine and versions."""
+def append(row: Row, device: str = "cpu") -> None:
+    """Add a row with date, commit (marked when the tree differs from it), machine and versions."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True, check=False
     ).stdout.strip()
@@ -121,5 +123,4 @@ def append(rows: list[Row], device: str = "cpu") -> None:
         "python": platform.python_version(),
     }
     with RESULTS.open("a", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(stamp | asdict(row)) + "\n")
+        file.write(json.dumps(stamp | asdict(row)) + "\n")

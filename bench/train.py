@@ -1,7 +1,7 @@
 """Training beside transformers: optimizer steps over samples of mixed lengths, padded and packed; memory of the loss."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,20 +25,24 @@ from qvl.train.loss import CHUNK_BYTES, linear_cross_entropy
 from qvl.train.objective import NextToken
 from qvl.train.optimizer import Optimizer, OptimizerConfig
 
-PACK_TOKENS, LONGEST, SAMPLES, ROWS_PADDED = 4096, 1024, 20, 4
+PACK_TOKENS, LONGEST, SAMPLES, ROWS_PADDED = 4096, 1024, 10, 4
 VOCABULARY, WIDTH = 151_936, 128
 LR = 1e-6
 
 
-def rows(rounds: int = 7, device: str = "cpu", size: str = "0.2B") -> list[Row]:
-    """Rounds of whole optimizer steps take minutes each on a CPU, so there are at most three."""
-    return [*speed_rows(preset(size), min(rounds, 3), device, size), *loss_memory_rows()]
+def rows(rounds: int = 7, device: str = "cpu", size: str = "0.2B") -> Iterator[Row]:
+    """Memory first: its rows count what they add to a process that is still small. A step on a CPU is most of a minute, so there are at
+    most three rounds of them."""
+    yield from loss_memory_rows()
+    yield from speed_rows(preset(size), min(rounds, 3), device, size)
 
 
 # ---- speed
 
 
-def speed_rows(config: ModelConfig, rounds: int, device: str, size: str, pack_tokens: int = PACK_TOKENS) -> list[Row]:
+def speed_rows(
+    config: ModelConfig, rounds: int, device: str, size: str, pack_tokens: int = PACK_TOKENS
+) -> Iterator[Row]:
     """One optimizer step over the same samples, in turn with three peers: padded, our packs, our packs and trained rows of logits alone.
 
     transformers trains bf16 weights with no fp32 copy, its fastest way on a CPU; ours updates fp32 masters and writes bf16 back.
@@ -75,21 +79,20 @@ def speed_rows(config: ModelConfig, rounds: int, device: str, size: str, pack_to
         f"{SAMPLES} samples of {min(s.num_tokens for s in samples)}-{max(s.num_tokens for s in samples)} tokens, {targets:,} trained",
         rounds=rounds,
         device=device,
+        warm=False,  # the check was the first call
     )
     what = f"optimizer step over {tokens:,} mixed tokens"
-    rows = [
-        row(
+    for name, step in peers.items():
+        yield row(
             step_ours,
             step,
             metric=f"{what}, beside {name.partition(' (')[0]}",
             peer=f"transformers {transformers.__version__}, sdpa, bf16, fused AdamW; {name}",
         )
-        for name, step in peers.items()
-    ]
     del theirs, optimizer, peers, make
     compiled = OurStep(new_model(config, dtype=torch.bfloat16, device=device), packs)
     with blocks_as_told(compiled.objective.model, checkpoint_vision=False, checkpoint_decoder=False, compiled=True):
-        return [*rows, row(compiled, step_ours, metric=f"{what}, blocks compiled", peer="qvl, as it is")]
+        yield row(compiled, step_ours, metric=f"{what}, blocks compiled", peer="qvl, as it is", warm=True)
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,7 @@ def mixed_samples(config: ModelConfig, count: int, longest: int, seed: int = 4) 
     """45 % questions on a picture, 30 % text, 20 % pages with several pictures, 5 % clips; answers are trained, questions are not.
 
     Log-normal lengths, a third of those usual in pretraining, because four padded rows of more than 1,024 tokens make logits that
-    do not fit beside the models in 23 GB. With this seed 20 samples fill two packs, as a loader fills all of its packs.
+    do not fit beside the models in 23 GB. With this seed ten samples fill one pack, as a loader fills all of its packs.
     """
     draw = random.Random(seed)
     scale = longest / LONGEST
@@ -273,9 +276,9 @@ def keep_targets(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def loss_memory_rows(
     counts: Sequence[int] = (2048, 8192, 32_768, 262_144), vocabulary: int = VOCABULARY, width: int = WIDTH
-) -> list[Row]:
+) -> Iterator[Row]:
     """Highest memory of loss and backward, less what is there before and the gradients that come out. Linux only."""
-    return [_memory_row(count, vocabulary, width) for count in counts]
+    return (_memory_row(count, vocabulary, width) for count in counts)
 
 
 def _memory_row(count: int, vocabulary: int, width: int) -> Row:

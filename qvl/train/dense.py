@@ -56,7 +56,7 @@ class Dense(nn.Module):
     """
 
     weights: Mapping[str, float] = MappingProxyType(
-        {"kind": 1.0, "colour": 1.0, "shape": 1.0, "digit": 1.0, "box": 0.4, "centre": 0.6, "mask": 1.0}
+        {"kind": 1.0, "colour": 1.0, "shape": 1.0, "digit": 1.0, "box": 1.5, "centre": 0.6, "mask": 1.0}
     )
 
     def __init__(self, model: Qwen3VL, *, colours: int, shapes: int, digits: int = 10, seed: int = 0) -> None:

@@ -99,7 +99,8 @@ def hay(story: Story, pupil: Pupil, length: int, *, ask_all: bool = False, depth
 def small_model(tokenizer: Tokenizer, *, seed: int = 0) -> Qwen3VL:
     """2.2M parameters in Qwen3-VL's shape, drawn so that a few hundred steps on a CPU are enough.
 
-    Ours, by measurement: sine-cosine positions, token rows of deviation .5, outputs of every block zero at first, QK-norm gains of 1.6.
+    Ours, by measurement: sine-cosine positions, token rows of deviation .5, outputs of the language's blocks zero at first
+    and of the tower's small, QK-norm gains of 1.6.
     """
     model = new_model(small_config(tokenizer), seed=seed)
     generator = torch.Generator().manual_seed(seed)
@@ -114,7 +115,10 @@ def small_model(tokenizer: Tokenizer, *, seed: int = 0) -> Qwen3VL:
             elif name.endswith("pos_embed.weight"):
                 parameter.mul_(0.7)
             elif parameter.ndim == 2 and "lm_head" not in name:
-                parameter.normal_(0, parameter.shape[1] ** -0.5, generator=generator)
+                # What the tower's blocks add is small at first, so that positions are seen through them.
+                adds = "visual.blocks" in name and name.endswith(("attn.proj.weight", "linear_fc2.weight"))
+                deviation = (0.3 if adds else 1.0) * parameter.shape[1] ** -0.5
+                parameter.normal_(0, deviation, generator=generator)
     return model
 
 

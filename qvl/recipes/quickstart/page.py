@@ -5,17 +5,19 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image as Raster
+from PIL import ImageDraw
 
 from qvl.core.log import read_jsonl
-from qvl.prompt.coordinates import read_boxes
+from qvl.prompt.coordinates import Box, read_boxes
 from qvl.prompt.message import Image, Video
 from qvl.recipes.quickstart.story import HELD_OUT_SEED, Pupil, Skill, Story, answers
 from qvl.scoring.registry import score
 from qvl.show.curves import Line, Plot
-from qvl.show.draw import draw_places
+from qvl.show.draw import PALETTE
 from qvl.show.page import Html, figure, page, section, table, tag, text
 from qvl.worlds.world import Example, World
 
+RIGHT, SAID = PALETTE[2], PALETTE[0]
 EACH = 4
 """Pictures of each world."""
 ACROSS = 4
@@ -28,8 +30,8 @@ def write_page(story: Story, pictures: dict[str, World], pupil: Pupil | None = N
     if not story.speaks:
         return path
     body = [
-        section("Promises", promises(story.skills)) if story.skills else "",
-        section("Held-out pictures", gallery(pictures, pupil)),
+        section("Promises", promises(story.skills), text(TERMS)) if story.skills else "",
+        section("Held-out pictures", text(MARKS), gallery(pictures, pupil)),
         section(
             "Learning",
             *(
@@ -47,8 +49,15 @@ def write_page(story: Story, pictures: dict[str, World], pupil: Pupil | None = N
     return path
 
 
+TERMS = (
+    "Got: the mean score of greedy answers on held-out examples. Promise: what the chapter is for. Floor: below it the run fails. "
+    "Blind: the same model, shown another example's evidence. Constant: the best answer that never changes. "
+    "Seconds: training, beside the first skill that a lesson teaches."
+)
+MARKS = "Green box: where the object is. Orange box: where the model says it is."
+
 STYLE = """
-.sheet{display:grid;grid-template-columns:repeat(auto-fill,minmax(11rem,1fr));gap:1rem}
+.sheet{display:grid;grid-template-columns:repeat(auto-fill,minmax(13rem,1fr));gap:1rem}
 .sheet figure{margin:0}.sheet img{width:100%;image-rendering:pixelated}
 .right{color:#1a7f37}.wrong{color:#c62828}
 @media(prefers-color-scheme:dark){.right{color:#66bb6a}.wrong{color:#ef9a9a}}
@@ -65,9 +74,9 @@ def promises(skills: Sequence[Skill]) -> Html:
             "" if s.blind is None else f"{s.blind:.3f}",
             "" if s.constant is None else f"{s.constant:.3f}",
             s.verdict,
-            round(s.seconds),
+            "" if before is not None and before.seconds == s.seconds else f"{s.seconds:.0f}",
         )
-        for s in skills
+        for before, s in zip([None, *skills], skills, strict=False)
     ]
     return table(header, rows)
 
@@ -125,6 +134,9 @@ def picture_of(example: Example, answer: str | None) -> Raster.Image:
         return sheet
     assert isinstance(part.source, Raster.Image)
     enlarged = part.source.resize((part.source.width * 3, part.source.height * 3), Raster.Resampling.NEAREST)
-    if answer is None or example.scorer != "iou":
-        return enlarged
-    return draw_places(enlarged, read_boxes(answer).to_pixels(*enlarged.size))
+    if answer is not None and example.scorer == "iou":
+        pen, factor = ImageDraw.Draw(enlarged), enlarged.width / 1000  # made pictures are square
+        said = [box for box in read_boxes(answer).items if isinstance(box, Box)]
+        for box, colour in ((Box(*example.truth["box"]), RIGHT), *((box.ordered(), SAID) for box in said)):
+            pen.rectangle(tuple(value * factor for value in box.numbers), outline=colour, width=3)
+    return enlarged

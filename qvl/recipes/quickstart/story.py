@@ -84,11 +84,11 @@ class Size:
 QUICK = Size(
     name="quickstart",
     language=600,
-    vision=1600,
+    vision=1750,
     connect=100,
     see=600,
-    watch=250,
-    remember=(2048, 80),
+    watch=270,
+    remember=(2048, 100),
     questions=160,
     answers=6,
 )
