@@ -1,10 +1,11 @@
 """Fills the generated parts of the docs: the tree and commands from captions, the shape legend, tables of measured numbers.
 
-A block stands between `<!-- NAME -->` and `<!-- end -->`. Names: tree, commands, legend, bench:SUITE and bench:SUITE/START, which show
-the rows of bench/results.jsonl of that suite, or those whose metric begins so. `python -m dev.blocks` (make docs) rewrites the files; a
-test fails when one differs from what this would write.
+A block stands between `<!-- NAME -->` and `<!-- end -->`. Names: tree, commands, legend; story, which shows the reports in bench/story;
+bench:SUITE and bench:SUITE/START, which show the rows of bench/results.jsonl of that suite, or those whose metric begins so.
+`python -m dev.blocks` (make docs) rewrites the files; a test fails when one differs from what this would write.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ FLOORS = (
     ("model", "outside"),
     ("core",),
 )
-_BLOCK = re.compile(r"(<!-- (tree|commands|legend|bench:[^>\n]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- (tree|commands|legend|story|bench:[^>\n]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def main() -> None:
@@ -57,6 +58,8 @@ def block(name: str) -> str:
         return _table(("command", "what it does"), [(f"`qvl {cli.spoken(n)}`", c) for n, c in cli.commands().items()])
     if name == "legend":
         return _table(("letter", "axis"), [(f"`{letter}`", meaning) for letter, meaning in LEGEND.items()])
+    if name == "story":
+        return story([json.loads(file.read_text()) for file in sorted((ROOT / "bench" / "story").glob("*.json"))])
     return bench(name.removeprefix("bench:"), read_jsonl(ROOT / "bench" / "results.jsonl"))
 
 
@@ -103,6 +106,27 @@ def bench(name: str, rows: list[dict[str, Any]]) -> str:
         for _, row in sorted(newest.items())
     ]
     return _table(head, cells)
+
+
+def story(reports: list[dict[str, Any]]) -> str:
+    """What runs of the story got, one row a promise; the quickstart's runs by their seeds, then the long story beside its own promise."""
+    runs = [
+        sorted((r for r in reports if r["size"] == size), key=lambda r: r["seed"]) for size in ("quickstart", "story")
+    ]
+    if not runs[0]:
+        return "No report in `bench/story` yet; `make quickstart` and `make story` write them."
+    rows = []
+    for number, skill in enumerate(runs[0][0]["chapters"]):
+        cells = [skill["chapter"], re.split(r" \(|:| in [\d,]+ tokens", skill["skill"])[0]]
+        cells += [f"{skill[key]:.3g}" for key in ("floor", "promise")]
+        cells += [f"{run['chapters'][number]['got']:.3f}" for run in runs[0]]
+        cells += [f"{run['chapters'][number][key]:.3g}" for run in runs[1] for key in ("promise", "got")]
+        rows.append(tuple(cells))
+    head = ["chapter", "skill", "floor", "promise", *(f"seed {run['seed']}" for run in runs[0])]
+    head += [name for run in runs[1] for name in ("`make story` promises", f"seed {run['seed']}")]
+    minutes = ["", "minutes", "", "", *(f"{run['seconds'] / 60:.0f}" for run in runs[0])]
+    minutes += [cell for run in runs[1] for cell in ("", f"{run['seconds'] / 60:.0f}")]
+    return _table(tuple(head), [*rows, tuple(minutes)])
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -211,6 +211,26 @@ def test_a_bench_block_shows_the_newest_row_of_each_machine() -> None:
     assert blocks.bench("media/cat", rows) == "No rows of `media/cat` yet; `make bench` measures them."
 
 
+def test_the_story_block_puts_seeds_side_by_side_and_the_long_story_beside_its_own_promise() -> None:
+    skill = {
+        "chapter": "S3",
+        "skill": "tagged needle in 2,048 tokens, 8 depths",
+        "floor": 0.75,
+        "promise": 0.9,
+        "got": 0.8,
+    }
+    quick = {"size": "quickstart", "seed": 1, "seconds": 720, "chapters": [skill]}
+    first = quick | {"seed": 0, "chapters": [skill | {"got": 0.8123}]}
+    long = quick | {"size": "story", "seconds": 7200, "chapters": [skill | {"promise": 0.95, "got": 1.0}]}
+    assert blocks.story([long, quick, first]).splitlines() == [
+        "| chapter | skill | floor | promise | seed 0 | seed 1 | `make story` promises | seed 1 |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| S3 | tagged needle | 0.75 | 0.9 | 0.812 | 0.800 | 0.95 | 1 |",
+        "|  | minutes |  |  | 12 | 12 |  | 120 |",
+    ]
+    assert "make quickstart" in blocks.story([])
+
+
 def test_a_wrong_number_in_a_block_is_noticed() -> None:
     page = "before\n<!-- bench:no/such -->\n| 42 |\n<!-- end -->\nafter\n"
     right = (

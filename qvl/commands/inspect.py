@@ -234,6 +234,8 @@ def inspection(args: Inspect, seen: Seen, processor: Processor | None) -> Inspec
     return replace(
         shown,
         tokens=tokens_of(seen.sample.token_T.tolist(), len(seen.answer), processor.tokenizer, config),
+        num_prompt=seen.sample.num_tokens - len(seen.answer),
+        num_answer=len(seen.answer),
         positions=seen.position_3T.tolist(),
         attention=None if seen.weights is None else attention_of(seen, processor.tokenizer),
     )

@@ -71,6 +71,10 @@ class Inspection:
     title: str
     media: Sequence[Medium] = ()
     tokens: Sequence[Token] = ()
+    """Prompt and answer; a character that several tokens spell is one entry."""
+    num_prompt: int = 0
+    num_answer: int = 0
+    """Tokens as the network counts them."""
     positions: Sequence[Sequence[int]] | None = None
     """Rotary ids (time, height, width) of each token."""
     attention: Attention | None = None
@@ -119,10 +123,8 @@ def to_html(seen: Inspection) -> str:
         notes = [tag("p", note, class_="faint") for note in medium.notes]
         parts.append(section(medium.title, table(("", ""), medium.facts), shown, *notes))
     if seen.tokens:
-        count = sum(token.count for token in seen.tokens)
-        lead = tag(
-            "p", f"{count:,} tokens. Control tokens are coloured, shading shows where plain tokens end.", class_="faint"
-        )
+        legend = "Control tokens are coloured, shading shows where plain tokens end."
+        lead = tag("p", f"{_counted(seen)}. {legend}", class_="faint")
         parts.append(section("Prompt", lead, _prompt(seen.tokens)))
     if seen.positions is not None:
         caption = tag("p", POSITIONS, class_="faint")
@@ -140,8 +142,7 @@ def to_picture(seen: Inspection) -> Image.Image:
     for medium in seen.media:
         blocks.append((medium.title, medium.words(), medium.sheet()))
     if seen.tokens:
-        count = sum(token.count for token in seen.tokens)
-        blocks.append((f"Prompt, {count:,} tokens", "".join(_token_words(token) for token in seen.tokens), None))
+        blocks.append((f"Prompt, {_counted(seen)}", "".join(_token_words(token) for token in seen.tokens), None))
     if seen.positions is not None:
         blocks.append(("Positions", POSITIONS, _positions(seen.positions).picture()))
     if (attention := seen.attention) is not None:
@@ -153,6 +154,10 @@ def to_picture(seen: Inspection) -> Image.Image:
         words = f"{attention.about} Mean over the answer: {''.join(attention.words)}"
         blocks.append(("Where the answer looks", words, sheet))
     return stacked(blocks, title=seen.title)
+
+
+def _counted(seen: Inspection) -> str:
+    return f"{seen.num_prompt:,} tokens" + (f" and {seen.num_answer:,} of answer" if seen.num_answer else "")
 
 
 def _prompt(tokens: Sequence[Token]) -> Html:
