@@ -122,9 +122,10 @@ def steps_within(ablation: Ablation, minutes: float, out: Path, *, tell: Told = 
         trained(ablation, arm, material, folder, seed=0, steps=8, watchers=watchers)
         slowest = max(slowest, statistics.median(seconds[-4:]))
     shutil.rmtree(folder)
-    steps = max(10, math.floor(60 * minutes / slowest))
-    tell(f"a step takes {slowest:.3f} s, so {minutes:g} minutes a run are {steps} steps")
-    return steps
+    steps = math.floor(60 * minutes / slowest)
+    least = "; fewer than ten say nothing, so ten are taken" if steps < 10 else ""
+    tell(f"a step takes {slowest:.3f} s, so {minutes:g} minutes a run are {steps} steps{least}")
+    return max(10, steps)
 
 
 def _plan(out: Path) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ def watch(story: Story, pupil: Pupil) -> None:
     world = clips.appear()
     makers = asked(story, pupil, 0.35)
     makers["clips.appear"] = (of_world(world, pupil.processor, seed=story.seed), 0.4)
-    makers["needle"] = (of_world(hay(story, pupil, 320, ask_all=True), pupil.processor, seed=story.seed + 1), 0.1)
+    makers["needle"] = (of_world(hay(story, pupil, 640, ask_all=True), pupil.processor, seed=story.seed + 1), 0.06)
     for kind, (maker, share) in replay(story, pupil).items():
         makers[kind] = (maker, share / 33)
     lesson = Lesson(name="S2", steps=story.size.watch, samples=32, lr=1.5e-3, rates=Rates(vision=0.5))

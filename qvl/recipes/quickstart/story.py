@@ -88,7 +88,7 @@ QUICK = Size(
     connect=100,
     see=600,
     watch=270,
-    remember=(2048, 100),
+    remember=(2048, 80),
     questions=160,
     answers=6,
 )
