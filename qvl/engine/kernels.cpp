@@ -67,7 +67,9 @@ struct Weight {
     const float* scale;  // null for bf16
 };
 
-// Few inputs: one row of the weight after another, so that memory is read in one stream, which the CPU sees coming.
+// Few inputs: one row of the weight after another, so that memory is read in one stream, which the CPU sees coming, but
+// for the next page of 4 KiB: that is asked for into the second cache (two threads, one row: 23 to 26 GB/s; asked for
+// into the first cache 21).
 template <int C, class Number>
 inline void stream(const Number* weight, const bf16* x, int64_t width, __m128 (&out)[C]) {
     constexpr int kApart = C == 1 ? 4 : 2;  // sums of one output that do not wait for each other
@@ -79,6 +81,7 @@ inline void stream(const Number* weight, const bf16* x, int64_t width, __m128 (&
         for (int64_t k = 0; k < width; k += 32 * kApart)
 #pragma GCC unroll 4
             for (int u = 0; u < kApart; u++) {
+                _mm_prefetch((const char*)(weight + k + 32 * u) + 4096, _MM_HINT_T1);
                 __m512bh w = load(weight + k + 32 * u);
 #pragma GCC unroll 4
                 for (int c = 0; c < C; c++)

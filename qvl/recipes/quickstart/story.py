@@ -84,11 +84,11 @@ class Size:
 QUICK = Size(
     name="quickstart",
     language=600,
-    vision=1750,
+    vision=1650,
     connect=100,
-    see=600,
-    watch=270,
-    remember=(2048, 80),
+    see=520,
+    watch=200,
+    remember=(2048, 64),
     questions=160,
     answers=6,
 )
