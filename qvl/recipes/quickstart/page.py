@@ -74,7 +74,7 @@ def promises(skills: Sequence[Skill]) -> Html:
             "" if s.blind is None else f"{s.blind:.3f}",
             "" if s.constant is None else f"{s.constant:.3f}",
             s.verdict,
-            "" if before is not None and before.seconds == s.seconds else f"{s.seconds:.0f}",
+            "" if not s.seconds or (before is not None and before.seconds == s.seconds) else f"{s.seconds:.0f}",
         )
         for before, s in zip([None, *skills], skills, strict=False)
     ]
