@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ CONTEXT, STEPS = 256, 4
 PEER = f"transformers {transformers.__version__}, sdpa, bf16"
 
 
-def rows(rounds: int = 7, device: str = "cpu", size: str = "0.6B") -> list[Row]:
+def rows(rounds: int = 7, device: str = "cpu", size: str = "0.6B") -> Iterator[Row]:
     """Random weights. Rounds of prefill and pictures take half a minute each on one core, so there are at most three."""
     with tempfile.TemporaryDirectory() as folder:
         save(new_model(preset(size), dtype=torch.bfloat16), folder)
@@ -39,13 +39,13 @@ def rows(rounds: int = 7, device: str = "cpu", size: str = "0.6B") -> list[Row]:
         theirs = same_in_transformers(ours)
         theirs.to(torch.device(device))  # type: ignore[arg-type]
         prepare(ours, free=True)
-        return [
-            *(decode_row(ours, theirs, batch, rounds, device, size) for batch in (1, 8, 16)),
-            *(prefill_row(ours, theirs, tokens, min(rounds, 3), device, size) for tokens in (512, 4096)),
-            image_row(ours, theirs, min(rounds, 3), device, size),
-            load_row(Path(folder), ours, min(rounds, 3), size),
-            memory_row(Path(folder), ours, size),
-        ]
+        for batch in (1, 8, 16):
+            yield decode_row(ours, theirs, batch, rounds, device, size)
+        for tokens in (512, 4096):
+            yield prefill_row(ours, theirs, tokens, min(rounds, 3), device, size)
+        yield image_row(ours, theirs, min(rounds, 3), device, size)
+        yield load_row(Path(folder), ours, min(rounds, 3), size)
+        yield memory_row(Path(folder), ours, size)
 
 
 def read_rate(device: str = "cpu") -> float:

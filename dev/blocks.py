@@ -114,7 +114,7 @@ def story(reports: list[dict[str, Any]]) -> str:
         sorted((r for r in reports if r["size"] == size), key=lambda r: r["seed"]) for size in ("quickstart", "story")
     ]
     if not runs[0]:
-        return "No report in `bench/story` yet; `make quickstart` and `make story` write them."
+        return "No report in `bench/story` yet; put a `report.json` of `make quickstart` or `make story` there."
     rows = []
     for number, skill in enumerate(runs[0][0]["chapters"]):
         cells = [skill["chapter"], re.split(r" \(|:| in [\d,]+ tokens", skill["skill"])[0]]

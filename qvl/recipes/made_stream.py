@@ -103,7 +103,7 @@ class MadeStream:
 
 
 def _step_back() -> None:
-    """The thread that makes the next steps takes what the training one leaves: a tenth of a step, where both share a core."""
+    """The thread that makes the next steps takes what the training one leaves, where both share a core."""
     if sys.platform == "linux":  # where niceness is a thread's own
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 

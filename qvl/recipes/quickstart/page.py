@@ -8,7 +8,7 @@ from PIL import Image as Raster
 from PIL import ImageDraw
 
 from qvl.core.log import read_jsonl
-from qvl.prompt.coordinates import Box, read_boxes
+from qvl.prompt.coordinates import Box, Boxes, read_boxes
 from qvl.prompt.message import Image, Video
 from qvl.recipes.quickstart.story import HELD_OUT_SEED, Pupil, Skill, Story, answers
 from qvl.scoring.registry import score
@@ -135,8 +135,11 @@ def picture_of(example: Example, answer: str | None) -> Raster.Image:
     assert isinstance(part.source, Raster.Image)
     enlarged = part.source.resize((part.source.width * 3, part.source.height * 3), Raster.Resampling.NEAREST)
     if answer is not None and example.scorer == "iou":
-        pen, factor = ImageDraw.Draw(enlarged), enlarged.width / 1000  # made pictures are square
-        said = [box for box in read_boxes(answer).items if isinstance(box, Box)]
-        for box, colour in ((Box(*example.truth["box"]), RIGHT), *((box.ordered(), SAID) for box in said)):
-            pen.rectangle(tuple(value * factor for value in box.numbers), outline=colour, width=3)
+        right = Boxes(items=(Box(*example.truth["box"]),), space="relative1000")
+        pen = ImageDraw.Draw(enlarged)
+        # Without the labels of draw_places: the caption says them, and on a picture this small they cannot be read.
+        for places, colour in ((right, RIGHT), (read_boxes(answer), SAID)):
+            for box in places.to_pixels(*enlarged.size).items:
+                if isinstance(box, Box):
+                    pen.rectangle(box.ordered().numbers, outline=colour, width=3)
     return enlarged
