@@ -15,11 +15,11 @@ from qvl.recipes.made_stream import MadeStream, of_repeats, of_text, of_world
 from qvl.recipes.quickstart.checkpoint import write_checkpoint
 from qvl.recipes.quickstart.language import small_model
 from qvl.recipes.quickstart.page import write_page
-from qvl.recipes.quickstart.pictures import worlds
+from qvl.recipes.quickstart.pictures import moments, worlds
 from qvl.recipes.quickstart.story import QUICK, Pupil, Skill, Story
 from qvl.recipes.quickstart.vision import labelled, labelled_pack, merge_order
 from qvl.recipes.quickstart.vocabulary import spoken, train_tokenizer
-from qvl.train.dense import Dense, accuracy, patch_losses
+from qvl.train.dense import BINS, Dense, DenseLabels, accuracy, join, patch_losses
 from qvl.worlds import clips, digits, needle, shapes
 from qvl.worlds.labels import patch_labels
 from qvl.worlds.paint import SHAPES
@@ -120,7 +120,7 @@ def test_dense_labels_train_the_tower_and_nothing_behind_it(pupil: Pupil) -> Non
     outcome.loss.backward()
     assert all(p.grad is not None and p.grad.any() for p in model.visual.blocks.parameters())
     assert all(p.grad is None for p in (*model.visual.merger.parameters(), *model.language_model.parameters()))
-    assert {"loss/kind", "loss/colour", "loss/shape", "loss/box", "loss/mask"} < outcome.sums.keys()
+    assert {"loss/kind", "loss/colour", "loss/shape", "loss/box", "loss/tens", "loss/mask"} < outcome.sums.keys()
     assert "loss/digit" not in outcome.sums
     with torch.no_grad():
         objective.norm.weight.fill_(3.0)
@@ -138,6 +138,33 @@ def test_patches_that_say_the_truth_lose_nothing(pupil: Pupil) -> None:
     assert losses["shape"].max() < 1e-6
     assert losses["colour"].min() > 49
     assert losses["mask"].mean().item() == pytest.approx(np.log(2))
+
+
+def test_an_edge_between_the_middles_of_two_bins_is_told_by_both(pupil: Pupil) -> None:
+    """x1 = 0.25 lies halfway between the middles of bins 7 and 8 of 32; the best answer gives each of them half."""
+    objective = Dense(pupil.model, colours=len(NAMES), shapes=len(SHAPES))
+    labels = join(
+        [DenseLabels(**{name: torch.from_numpy(value) for name, value in vars(patch_labels((SQUARE,), 4)).items()})]
+    )
+    said = {name: torch.zeros(16, size) for name, size in objective.sizes.items()}
+    boxes = said["box"].view(16, 4, BINS)
+    boxes[:, 0, [7, 8]], boxes[:, 1, [15, 16]], boxes[:, 2, [23, 24]], boxes[:, 3, 31] = 50.0, 50.0, 50.0, 50.0
+    losses = patch_losses(said, labels)["box"].view(-1, 4)
+    assert losses[:, :3].flatten().tolist() == pytest.approx([np.log(2)] * 12)
+    assert losses[:, 3].max() < 1e-6  # nothing lies behind the last middle
+    boxes[:, 0, 8] = 0.0
+    assert patch_losses(said, labels)["box"].view(-1, 4)[:, 0].min() > 20
+
+
+def test_the_tens_of_an_edge_are_those_of_its_thousandths(pupil: Pupil) -> None:
+    objective = Dense(pupil.model, colours=len(NAMES), shapes=len(SHAPES))
+    labels = join(
+        [DenseLabels(**{name: torch.from_numpy(value) for name, value in vars(patch_labels((SQUARE,), 4)).items()})]
+    )
+    said = {name: torch.zeros(16, size) for name, size in objective.sizes.items()}
+    for edge, tens in enumerate((5, 0, 5, 0)):  # of 250, 500, 750, 1000
+        said["tens"].view(16, 4, 10)[:, edge, tens] = 50.0
+    assert patch_losses(said, labels)["tens"].max() < 1e-6
 
 
 def test_accuracy_counts_patches_over_all_packs(pupil: Pupil) -> None:
@@ -222,7 +249,7 @@ def test_a_promise_is_kept_missed_or_broken() -> None:
 
 def test_the_page_shows_pictures_before_and_answers_after(tmp_path: Path, pupil: Pupil) -> None:
     story = Story(tmp_path, size=QUICK)
-    pictures = {"shapes.box": worlds()["shapes.box"], "clips.appear": clips.appear()}
+    pictures = {"shapes.box": worlds()["shapes.box"], "clips.appear": moments()}
     before = write_page(story, pictures).read_text()
     assert before.count("<img") == 8 and "Locate the" in before and 'class="wrong"' not in before
     story.note(skill(0.95))

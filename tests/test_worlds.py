@@ -18,7 +18,7 @@ from qvl.scoring.registry import score
 from qvl.worlds import clips, glyphs, needle, paint, shapes, text
 from qvl.worlds.catalogue import WORLDS, world
 from qvl.worlds.scans import _all_scans, scans
-from qvl.worlds.world import Example, Plan, Split, World, best_constant, blind, combinations
+from qvl.worlds.world import Example, Plan, Split, World, best_constant, blind, combinations, enlarged
 
 SPLITS: tuple[Split, ...] = ("train", "calibration", "heldout", "novel")
 ALL = {name: world(name) for name in WORLDS}
@@ -47,6 +47,11 @@ def picture_of(example: Example) -> np.ndarray:
     part = example.messages[0].parts[0]
     assert isinstance(part, Image)
     return np.asarray(part.source, dtype=np.float32)
+
+
+def first_frame(example: Example) -> np.ndarray:
+    source = example.messages[0].parts[0].source
+    return np.asarray(source[0] if isinstance(source, tuple) else source, dtype=np.float32)
 
 
 # ---- every world --------------------------------------------------------------------------------------------------
@@ -312,6 +317,23 @@ def test_pictures_have_the_size_asked_for(size: int) -> None:
     for name in ("shapes.name", "shapes.count", "digits", "glyphs"):
         options = {"heights": (6, 8)} if name == "glyphs" else {}
         assert picture_of(world(name, size=size, **options)(0, 0)).shape == (size, size, 3)
+
+
+def test_an_enlarged_world_shows_each_painted_pixel_as_a_square_of_pixels() -> None:
+    for small, large in (
+        (world("shapes.box", size=64), enlarged(world("shapes.box", size=64), 2)),
+        (world("clips.appear", size=32), enlarged(world("clips.appear", size=32), 2)),
+    ):
+        one, two = small(0, 3), large(0, 3)
+        assert (one.answer, one.truth) == (two.answer, two.truth)
+        before, after = (first_frame(example) for example in (one, two))
+        assert after.shape == (2 * before.shape[0], 2 * before.shape[1], 3)
+        assert (after == before.repeat(2, 0).repeat(2, 1)).all()
+
+
+def test_words_cannot_be_enlarged() -> None:
+    with pytest.raises(ValueError, match=r"text\.name shows more than pictures and clips; only these can be enlarged"):
+        enlarged(world("text.name"), 2)(0, 0)
 
 
 def test_the_colour_in_the_middle_of_a_filled_object_is_the_one_in_the_answer() -> None:

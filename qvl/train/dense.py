@@ -16,7 +16,8 @@ from qvl.parallel.data_parallel import World
 from qvl.train.objective import Micro, Outcome
 
 BINS = 32
-"""A box edge is told as one of so many stretches of the picture."""
+"""A box edge is told as one of so many stretches of the picture, or as two neighbours with the shares that say where between them it lies
+(distribution focal loss, arXiv 2006.04388): one stretch alone would teach nothing finer than itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +50,14 @@ class DensePack:
 
 
 class Dense(nn.Module):
-    """Cross-entropies of kind, colour, shape, digit, box edges, middle and mask at every patch of the tower's last block.
+    """Cross-entropies of kind, colour, shape, digit, box edges and their tens, middle and mask at every patch of the tower's last block.
 
     Ours: the published towers start from SigLIP-2, which has seen 40 billion examples (arXiv 2502.14786); a tiny tower that begins at
     random learns no shapes from captions alone in a minute (dev/LOG.md). Colour and shape have heads of their own: no pair is named here.
     """
 
     weights: Mapping[str, float] = MappingProxyType(
-        {"kind": 1.0, "colour": 1.0, "shape": 1.0, "digit": 1.0, "box": 1.5, "centre": 0.6, "mask": 1.0}
+        {"kind": 1.0, "colour": 1.0, "shape": 1.0, "digit": 1.0, "box": 3.0, "tens": 0.5, "centre": 0.6, "mask": 1.0}
     )
 
     def __init__(self, model: Qwen3VL, *, colours: int, shapes: int, digits: int = 10, seed: int = 0) -> None:
@@ -66,7 +67,7 @@ class Dense(nn.Module):
             raise ValueError("this model is text-only; the vision pre-stage trains a vision tower.")
         self.model = model
         classes = {"kind": 3, "colour": colours, "shape": shapes, "digit": digits}
-        self.sizes = classes | {"box": 4 * BINS, "centre": 1, "mask": 16}
+        self.sizes = classes | {"box": 4 * BINS, "tens": 4 * 10, "centre": 1, "mask": 16}
         self.norm = nn.LayerNorm(vision.hidden_size, eps=1e-6)
         self.norm.load_state_dict(model.visual.merger.norm.state_dict())  # type: ignore[union-attr]
         self.head = nn.Linear(vision.hidden_size, sum(self.sizes.values()))
@@ -106,14 +107,17 @@ def patch_losses(said: Mapping[str, Tensor], labels: DenseLabels) -> dict[str, T
     """Each head's losses, one for each patch that has its label; heads without any patch are left out."""
     thing_P, written_P = labels.thing_P, labels.written_P
     object_P = thing_P | written_P
-    bins = (labels.box_P4[object_P] * BINS).long().clamp(max=BINS - 1).flatten()
+    edges = labels.box_P4[object_P]
+    # The second digit of an edge in thousandths, as answers write it.
+    tens = ((edges * 1000).round().long() // 10 % 10).flatten()
     yes_no = partial(F.binary_cross_entropy_with_logits, reduction="none")
     losses = {
         "kind": _nll(said["kind"], thing_P.long() + 2 * written_P.long()),
         "colour": _nll(said["colour"][thing_P], labels.colour_P[thing_P]),
         "shape": _nll(said["shape"][thing_P], labels.shape_P[thing_P]),
         "digit": _nll(said["digit"][written_P], labels.digit_P[written_P]),
-        "box": _nll(said["box"][object_P].unflatten(-1, (4, BINS)).flatten(0, 1), bins),
+        "box": _between(said["box"][object_P].unflatten(-1, (4, BINS)).flatten(0, 1), edges.flatten() * BINS - 0.5),
+        "tens": _nll(said["tens"][object_P].unflatten(-1, (4, 10)).flatten(0, 1), tens),
         "centre": yes_no(said["centre"][:, 0], labels.centre_P.float()),
         "mask": yes_no(said["mask"], labels.mask_P44.flatten(1).float()).mean(dim=-1),
     }
@@ -150,6 +154,15 @@ def _hits(said: Mapping[str, Tensor], labels: DenseLabels) -> dict[str, tuple[fl
 
 def _nll(logits: Tensor, label: Tensor) -> Tensor:
     return F.cross_entropy(logits, label, reduction="none")
+
+
+def _between(logits: Tensor, at: Tensor) -> Tensor:
+    """Cross-entropy with the two bins whose middles lie around `at`, each by its nearness."""
+    at = at.clamp(0, logits.shape[-1] - 1)
+    low = at.long().clamp(max=logits.shape[-1] - 2)
+    part, said = at - low, logits.log_softmax(dim=-1)
+    below, above = (said.gather(-1, (low + step)[:, None])[:, 0] for step in (0, 1))
+    return -(below * (1 - part) + above * part)
 
 
 def _labelled(micro: Micro) -> DensePack:

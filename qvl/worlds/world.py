@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.random import Generator
+from PIL import Image as Raster
 
 from qvl.prompt.message import ContentPart, Image, Message, Text, Video, assistant, user
 
@@ -110,6 +111,29 @@ class World:
             plan = self.plan(random, split)
             if split == "novel" or plan.splits_by is None or remainder(plan.splits_by.encode()) in SHARES[split]:
                 return random, plan
+
+
+def enlarged(world: World, times: int) -> World:
+    """The same world with each painted pixel `times` pixels wide and high: patches of 16 then see what patches of 16 / times would see of
+    the picture as it was painted."""
+
+    def show(facts: Any, random: Generator) -> tuple[ContentPart, ...]:
+        parts = world.show(facts, random)
+        if not all(isinstance(part, Image | Video) for part in parts):
+            raise ValueError(f"the world {world.name} shows more than pictures and clips; only these can be enlarged.")
+        return tuple(_larger(part, times) for part in parts if isinstance(part, Image | Video))
+
+    return replace(world, show=show)
+
+
+def _larger(part: Image | Video, times: int) -> Image | Video:
+    frames = part.source if isinstance(part, Video) else (part.source,)
+    assert isinstance(frames, tuple)
+    larger = []
+    for frame in frames:
+        assert isinstance(frame, Raster.Image)
+        larger.append(frame.resize((frame.width * times, frame.height * times), Raster.Resampling.NEAREST))
+    return replace(part, source=tuple(larger) if isinstance(part, Video) else larger[0])
 
 
 def numbers_for(name: str, seed: int, index: int, split: Split) -> Generator:

@@ -22,11 +22,10 @@ from qvl.recipes.quickstart.language import judged_prose, small_model, tell
 from qvl.recipes.quickstart.long import remember
 from qvl.recipes.quickstart.media import film, photograph
 from qvl.recipes.quickstart.page import write_page
-from qvl.recipes.quickstart.pictures import connect, kept, see, worlds
+from qvl.recipes.quickstart.pictures import connect, kept, moments, see, worlds
 from qvl.recipes.quickstart.story import LONG, QUICK, Pupil, Story
 from qvl.recipes.quickstart.vision import look
 from qvl.recipes.quickstart.vocabulary import spoken, train_tokenizer
-from qvl.worlds import clips
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +56,7 @@ def main(options: Options) -> int:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
     ranks.barrier()
-    pictures = worlds() | {"clips.appear": clips.appear()}
+    pictures = worlds() | {"clips.appear": moments()}
     with story.chapter(
         "A tokenizer from real text", "Byte-level BPE with Qwen3-VL's pipeline and its 26 control tokens."
     ):
@@ -126,7 +125,7 @@ def main(options: Options) -> int:
         story.save(folder, model, tokenizer)
 
     with story.chapter("Export and ask", "transformers loads the folder and must answer alike on held-out pictures."):
-        same = not story.speaks or all(is_same for *_, is_same in same_answers(story, pupil, folder, worlds()))
+        same = not story.speaks or all(is_same for *_, is_same in same_answers(story, pupil, folder, pictures))
         for part in (Image(str(photograph())), Video(str(film(work)))) if story.speaks else ():
             answer(story, model, pupil.processor, part, "How many objects are there?")
         story.console.print(

@@ -9,15 +9,14 @@ from qvl.model.qwen3vl import Qwen3VL
 from qvl.prompt.message import Image, Message, Text, Video
 from qvl.prompt.processor import Processor
 from qvl.recipes.quickstart.story import HELD_OUT_SEED, Pupil, Story
-from qvl.worlds import clips
 from qvl.worlds.world import Example, World
 
 
 def same_answers(
     story: Story, pupil: Pupil, folder: Path, pictures: dict[str, World], *, max_tokens: int = 48
 ) -> list[tuple[Example, str, bool]]:
-    """(held-out example, our greedy answer, transformers gives the same ids) for each picture world and a clip."""
-    examples = [world(HELD_OUT_SEED, 1, "heldout") for world in (*pictures.values(), clips.appear())]
+    """(held-out example, our greedy answer, transformers gives the same ids) for each world."""
+    examples = [world(HELD_OUT_SEED, 1, "heldout") for world in pictures.values()]
     theirs = their_answers(folder, [pupil.processor(example.messages[:1]) for example in examples], max_tokens)
     end = pupil.processor.tokenizer.control_id("<|im_end|>")
     rows = []

@@ -3,11 +3,11 @@
 from qvl.recipes.made_stream import Maker, of_world
 from qvl.recipes.quickstart.language import replay
 from qvl.recipes.quickstart.story import Lesson, Pupil, Skill, Story
-from qvl.recipes.quickstart.vision import SIZE
+from qvl.recipes.quickstart.vision import CLIP_SIZE, ENLARGED, SIZE
 from qvl.train.objective import NextToken
 from qvl.train.parameters import Rates
-from qvl.worlds import digits, shapes
-from qvl.worlds.world import Split, World
+from qvl.worlds import clips, digits, shapes
+from qvl.worlds.world import Split, World, enlarged
 
 SAMPLES = 64
 """A step's fixed cost, Muon's products, is shared by so many."""
@@ -79,13 +79,13 @@ def note(
 
 
 def worlds() -> dict[str, World]:
-    return {
-        "shapes.name": shapes.name(SIZE),
-        "shapes.shape": shapes.shape(SIZE),
-        "shapes.box": shapes.box(SIZE),
-        "shapes.count": shapes.count(SIZE),
-        "digits": digits.digit(),
-    }
+    painted = (shapes.name(SIZE), shapes.shape(SIZE), shapes.box(SIZE), shapes.count(SIZE), digits.digit(SIZE))
+    return {world.name: enlarged(world, ENLARGED) for world in painted}
+
+
+def moments() -> World:
+    """The clips of S2."""
+    return enlarged(clips.appear(CLIP_SIZE), ENLARGED)
 
 
 def asked(story: Story, pupil: Pupil, share: float = 1.0) -> dict[str, tuple[Maker, float]]:

@@ -84,9 +84,9 @@ class Size:
 QUICK = Size(
     name="quickstart",
     language=600,
-    vision=1650,
+    vision=1900,
     connect=100,
-    see=520,
+    see=480,
     watch=200,
     remember=(2048, 64),
     questions=160,
