@@ -15,7 +15,7 @@ from qvl.recipes.made_stream import MadeStream, of_repeats, of_text, of_world
 from qvl.recipes.quickstart.checkpoint import write_checkpoint
 from qvl.recipes.quickstart.language import small_model
 from qvl.recipes.quickstart.page import write_page
-from qvl.recipes.quickstart.pictures import moments, worlds
+from qvl.recipes.quickstart.pictures import worlds
 from qvl.recipes.quickstart.story import QUICK, Pupil, Skill, Story
 from qvl.recipes.quickstart.vision import labelled, labelled_pack, merge_order
 from qvl.recipes.quickstart.vocabulary import spoken, train_tokenizer
@@ -249,7 +249,7 @@ def test_a_promise_is_kept_missed_or_broken() -> None:
 
 def test_the_page_shows_pictures_before_and_answers_after(tmp_path: Path, pupil: Pupil) -> None:
     story = Story(tmp_path, size=QUICK)
-    pictures = {"shapes.box": worlds()["shapes.box"], "clips.appear": moments()}
+    pictures = {"shapes.box": worlds()["shapes.box"], "clips.appear": clips.appear()}
     before = write_page(story, pictures).read_text()
     assert before.count("<img") == 8 and "Locate the" in before and 'class="wrong"' not in before
     story.note(skill(0.95))

@@ -22,10 +22,11 @@ from qvl.recipes.quickstart.language import judged_prose, small_model, tell
 from qvl.recipes.quickstart.long import remember
 from qvl.recipes.quickstart.media import film, photograph
 from qvl.recipes.quickstart.page import write_page
-from qvl.recipes.quickstart.pictures import connect, kept, moments, see, worlds
+from qvl.recipes.quickstart.pictures import connect, kept, see, worlds
 from qvl.recipes.quickstart.story import LONG, QUICK, Pupil, Story
 from qvl.recipes.quickstart.vision import look
 from qvl.recipes.quickstart.vocabulary import spoken, train_tokenizer
+from qvl.worlds import clips
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ def main(options: Options) -> int:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
     ranks.barrier()
-    pictures = worlds() | {"clips.appear": moments()}
+    pictures = worlds() | {"clips.appear": clips.appear()}
     with story.chapter(
         "A tokenizer from real text", "Byte-level BPE with Qwen3-VL's pipeline and its 26 control tokens."
     ):

@@ -2,15 +2,16 @@
 
 from qvl.recipes.made_stream import of_world
 from qvl.recipes.quickstart.language import hay, replay
-from qvl.recipes.quickstart.pictures import asked, moments, note
+from qvl.recipes.quickstart.pictures import asked, note
 from qvl.recipes.quickstart.story import Lesson, Pupil, Story
 from qvl.train.objective import NextToken
 from qvl.train.parameters import Rates
+from qvl.worlds import clips
 
 
 def watch(story: Story, pupil: Pupil) -> None:
     """S2 (report 3.1): longer samples, more text, video; pictures stay in the mixture."""
-    world = moments()
+    world = clips.appear()
     makers = asked(story, pupil, 0.35)
     makers["clips.appear"] = (of_world(world, pupil.processor, seed=story.seed), 0.4)
     makers["needle"] = (of_world(hay(story, pupil, 640, ask_all=True), pupil.processor, seed=story.seed + 1), 0.06)

@@ -3,10 +3,11 @@
 from qvl.eval.language import bits_per_byte
 from qvl.recipes.made_stream import of_world
 from qvl.recipes.quickstart.language import hay, judged_prose, replay
-from qvl.recipes.quickstart.pictures import asked, moments
+from qvl.recipes.quickstart.pictures import asked
 from qvl.recipes.quickstart.story import HELD_OUT_SEED, Lesson, Pupil, Skill, Story
 from qvl.train.objective import NextToken
 from qvl.train.parameters import Rates
+from qvl.worlds import clips
 from qvl.worlds.world import blind
 
 DEPTHS = tuple(i / 7 for i in range(8))
@@ -19,7 +20,7 @@ def remember(story: Story, pupil: Pupil, *, before: float) -> None:
     """S3 (report 3.1): the longest samples, half of the tokens. `before`: bits a byte of the prose before S0."""
     longest, steps = story.size.remember
     makers = asked(story, pupil, 0.55)
-    makers["clips.appear"] = (of_world(moments(), pupil.processor, seed=story.seed + 2), 0.1)
+    makers["clips.appear"] = (of_world(clips.appear(), pupil.processor, seed=story.seed + 2), 0.1)
     for kind, (maker, share) in replay(story, pupil).items():
         makers[kind] = (maker, share / 33)
     for part, share in SHARES.items():

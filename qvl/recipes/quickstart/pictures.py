@@ -3,11 +3,11 @@
 from qvl.recipes.made_stream import Maker, of_world
 from qvl.recipes.quickstart.language import replay
 from qvl.recipes.quickstart.story import Lesson, Pupil, Skill, Story
-from qvl.recipes.quickstart.vision import CLIP_SIZE, ENLARGED, SIZE
+from qvl.recipes.quickstart.vision import SIZE, written
 from qvl.train.objective import NextToken
 from qvl.train.parameters import Rates
-from qvl.worlds import clips, digits, shapes
-from qvl.worlds.world import Split, World, enlarged
+from qvl.worlds import shapes
+from qvl.worlds.world import Split, World
 
 SAMPLES = 64
 """A step's fixed cost, Muon's products, is shared by so many."""
@@ -79,13 +79,13 @@ def note(
 
 
 def worlds() -> dict[str, World]:
-    painted = (shapes.name(SIZE), shapes.shape(SIZE), shapes.box(SIZE), shapes.count(SIZE), digits.digit(SIZE))
-    return {world.name: enlarged(world, ENLARGED) for world in painted}
-
-
-def moments() -> World:
-    """The clips of S2."""
-    return enlarged(clips.appear(CLIP_SIZE), ENLARGED)
+    return {
+        "shapes.name": shapes.name(SIZE),
+        "shapes.shape": shapes.shape(SIZE),
+        "shapes.box": shapes.box(SIZE),
+        "shapes.count": shapes.count(SIZE),
+        "digits": written(),
+    }
 
 
 def asked(story: Story, pupil: Pupil, share: float = 1.0) -> dict[str, tuple[Maker, float]]:
@@ -94,10 +94,10 @@ def asked(story: Story, pupil: Pupil, share: float = 1.0) -> dict[str, tuple[Mak
     Pairs of colour and shape that are kept for the end are never named as a pair, but their shapes are asked for like all others:
     without that the model takes every colour for a proof against the one shape it never came with (dev/LOG.md).
     """
-    shares = {"shapes.name": 0.1, "shapes.shape": 0.08, "shapes.box": 0.35, "shapes.count": 0.17, "digits": 0.24}
+    shares = {"shapes.name": 0.1, "shapes.shape": 0.12, "shapes.box": 0.34, "shapes.count": 0.18, "digits": 0.14}
     makers = {
         name: (of_world(world, pupil.processor, seed=story.seed), share * shares[name])
         for name, world in worlds().items()
     }
     alone = of_world(worlds()["shapes.shape"], pupil.processor, seed=story.seed, split="novel")
-    return makers | {"shapes.shape/all": (alone, share * 0.06)}
+    return makers | {"shapes.shape/all": (alone, share * 0.12)}

@@ -84,11 +84,11 @@ class Size:
 QUICK = Size(
     name="quickstart",
     language=600,
-    vision=1900,
+    vision=1450,
     connect=100,
-    see=480,
+    see=500,
     watch=200,
-    remember=(2048, 64),
+    remember=(2048, 100),
     questions=160,
     answers=6,
 )
