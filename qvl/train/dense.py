@@ -16,8 +16,8 @@ from qvl.parallel.data_parallel import World
 from qvl.train.objective import Micro, Outcome
 
 BINS = 32
-"""A box edge is told as one of so many stretches of the picture, or as two neighbours with the shares that say where between them it lies
-(distribution focal loss, arXiv 2006.04388): one stretch alone would teach nothing finer than itself."""
+"""Stretches of the picture. A box edge is told as the two neighbours it lies between, with the share of each (distribution focal loss,
+arXiv 2006.04388): one stretch alone would teach nothing finer than itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
