@@ -19,7 +19,7 @@ from qvl.recipes.quickstart.pictures import worlds
 from qvl.recipes.quickstart.story import QUICK, Pupil, Skill, Story
 from qvl.recipes.quickstart.vision import labelled, labelled_pack, merge_order
 from qvl.recipes.quickstart.vocabulary import spoken, train_tokenizer
-from qvl.train.dense import BINS, Dense, DenseLabels, accuracy, join, patch_losses
+from qvl.train.dense import BINS, Dense, DenseLabels, accuracy, patch_losses
 from qvl.worlds import clips, digits, needle, shapes
 from qvl.worlds.labels import patch_labels
 from qvl.worlds.paint import SHAPES
@@ -140,12 +140,14 @@ def test_patches_that_say_the_truth_lose_nothing(pupil: Pupil) -> None:
     assert losses["mask"].mean().item() == pytest.approx(np.log(2))
 
 
+def labels_of_the_square() -> DenseLabels:
+    return DenseLabels(**{name: torch.from_numpy(value) for name, value in vars(patch_labels((SQUARE,), 4)).items()})
+
+
 def test_an_edge_between_the_middles_of_two_bins_is_told_by_both(pupil: Pupil) -> None:
     """x1 = 0.25 lies halfway between the middles of bins 7 and 8 of 32; the best answer gives each of them half."""
     objective = Dense(pupil.model, colours=len(NAMES), shapes=len(SHAPES))
-    labels = join(
-        [DenseLabels(**{name: torch.from_numpy(value) for name, value in vars(patch_labels((SQUARE,), 4)).items()})]
-    )
+    labels = labels_of_the_square()
     said = {name: torch.zeros(16, size) for name, size in objective.sizes.items()}
     boxes = said["box"].view(16, 4, BINS)
     boxes[:, 0, [7, 8]], boxes[:, 1, [15, 16]], boxes[:, 2, [23, 24]], boxes[:, 3, 31] = 50.0, 50.0, 50.0, 50.0
@@ -158,9 +160,7 @@ def test_an_edge_between_the_middles_of_two_bins_is_told_by_both(pupil: Pupil) -
 
 def test_the_tens_of_an_edge_are_those_of_its_thousandths(pupil: Pupil) -> None:
     objective = Dense(pupil.model, colours=len(NAMES), shapes=len(SHAPES))
-    labels = join(
-        [DenseLabels(**{name: torch.from_numpy(value) for name, value in vars(patch_labels((SQUARE,), 4)).items()})]
-    )
+    labels = labels_of_the_square()
     said = {name: torch.zeros(16, size) for name, size in objective.sizes.items()}
     for edge, tens in enumerate((5, 0, 5, 0)):  # of 250, 500, 750, 1000
         said["tens"].view(16, 4, 10)[:, edge, tens] = 50.0
