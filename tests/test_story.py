@@ -19,7 +19,7 @@ from qvl.recipes.quickstart.pictures import worlds
 from qvl.recipes.quickstart.story import QUICK, Pupil, Skill, Story
 from qvl.recipes.quickstart.vision import labelled, labelled_pack, merge_order
 from qvl.recipes.quickstart.vocabulary import spoken, train_tokenizer
-from qvl.train.dense import BINS, Dense, DenseLabels, accuracy, patch_losses
+from qvl.train.dense import BINS, Dense, DenseLabels, accuracy, patch_losses, token_losses
 from qvl.worlds import clips, digits, needle, shapes
 from qvl.worlds.labels import patch_labels
 from qvl.worlds.paint import SHAPES
@@ -53,6 +53,15 @@ def test_a_square_in_the_lower_middle_labels_the_four_patches_it_fills() -> None
     assert set(labels.colour_P[labels.thing_P]) == {NAMES.index("blue")}
     assert set(labels.shape_P[labels.thing_P]) == {SHAPES.index("square")}
     assert labels.box_P4[9].tolist() == [0.25, 0.5, 0.75, 1.0]
+    # left, top, right and bottom edge of the patches 9, 10, 13 and 14
+    expected = [
+        [True, True, False, False],
+        [False, True, True, False],
+        [True, False, False, True],
+        [False, False, True, True],
+    ]
+    assert labels.edge_P4[labels.thing_P].tolist() == expected
+    assert labels.edge_P4.sum() == 8
     assert np.flatnonzero(labels.centre_P).tolist() == [14]
 
 
@@ -119,13 +128,15 @@ def test_dense_labels_train_the_tower_and_nothing_behind_it(pupil: Pupil) -> Non
     outcome = objective(pack, objective.measure(pack), ALONE)
     outcome.loss.backward()
     assert all(p.grad is not None and p.grad.any() for p in model.visual.blocks.parameters())
+    assert all(p.grad is not None and p.grad.any() for p in objective.merger.parameters())
     assert all(p.grad is None for p in (*model.visual.merger.parameters(), *model.language_model.parameters()))
-    assert {"loss/kind", "loss/colour", "loss/shape", "loss/box", "loss/tens", "loss/mask"} < outcome.sums.keys()
-    assert "loss/digit" not in outcome.sums
+    heads = {"kind", "colour", "shape", "box", "mask", "token kind", "token colour", "token hundreds", "token tens"}
+    assert {f"loss/{name}" for name in heads} < outcome.sums.keys()
+    assert not {"loss/digit", "loss/token digit"} & outcome.sums.keys()
     with torch.no_grad():
-        objective.norm.weight.fill_(3.0)
+        objective.merger.linear_fc2.weight.fill_(3.0)
     objective.hand_over()
-    assert model.visual.merger.norm.weight.eq(3.0).all()
+    assert model.visual.merger.linear_fc2.weight.eq(3.0).all()
 
 
 def test_patches_that_say_the_truth_lose_nothing(pupil: Pupil) -> None:
@@ -145,26 +156,63 @@ def labels_of_the_square() -> DenseLabels:
 
 
 def test_an_edge_between_the_middles_of_two_bins_is_told_by_both(pupil: Pupil) -> None:
-    """x1 = 0.25 lies halfway between the middles of bins 7 and 8 of 32; the best answer gives each of them half."""
+    """x1 = 0.25 lies halfway between the middles of bins 24 and 25 of 100; the best answer gives each of them half."""
     objective = Dense(pupil.model, colours=len(NAMES), shapes=len(SHAPES))
     labels = labels_of_the_square()
     said = {name: torch.zeros(16, size) for name, size in objective.sizes.items()}
     boxes = said["box"].view(16, 4, BINS)
-    boxes[:, 0, [7, 8]], boxes[:, 1, [15, 16]], boxes[:, 2, [23, 24]], boxes[:, 3, 31] = 50.0, 50.0, 50.0, 50.0
-    losses = patch_losses(said, labels)["box"].view(-1, 4)
-    assert losses[:, :3].flatten().tolist() == pytest.approx([np.log(2)] * 12)
-    assert losses[:, 3].max() < 1e-6  # nothing lies behind the last middle
-    boxes[:, 0, 8] = 0.0
-    assert patch_losses(said, labels)["box"].view(-1, 4)[:, 0].min() > 20
+    boxes[:, 0, [24, 25]], boxes[:, 1, [49, 50]], boxes[:, 2, [74, 75]], boxes[:, 3, 99] = 50.0, 50.0, 50.0, 50.0
+    losses = patch_losses(said, labels)["box"].tolist()
+    assert len(losses) == 8  # two patches see each edge
+    # Nothing lies behind the last middle, so the lower edge is told by one bin.
+    assert sorted(losses) == pytest.approx([0.0] * 2 + [np.log(2)] * 6, abs=1e-6)
+    boxes[:, 0, 25] = 0.0
+    assert sum(loss > 20 for loss in patch_losses(said, labels)["box"].tolist()) == 2
 
 
-def test_the_tens_of_an_edge_are_those_of_its_thousandths(pupil: Pupil) -> None:
+def test_patches_inside_an_object_say_nothing_of_its_edges(pupil: Pupil) -> None:
     objective = Dense(pupil.model, colours=len(NAMES), shapes=len(SHAPES))
     labels = labels_of_the_square()
     said = {name: torch.zeros(16, size) for name, size in objective.sizes.items()}
-    for edge, tens in enumerate((5, 0, 5, 0)):  # of 250, 500, 750, 1000
-        said["tens"].view(16, 4, 10)[:, edge, tens] = 50.0
-    assert patch_losses(said, labels)["tens"].max() < 1e-6
+    before = patch_losses(said, labels)["box"].sum()
+    said["box"].view(16, 4, BINS)[~labels.edge_P4] = torch.randn(56, BINS)
+    assert patch_losses(said, labels)["box"].sum() == before
+
+
+def test_a_token_has_the_labels_of_the_first_of_its_patches_that_has_them(pupil: Pupil) -> None:
+    """Four tokens of four patches, in the order of merge blocks; the square fills one patch in each of the left two and right two."""
+    objective = Dense(pupil.model, colours=len(NAMES), shapes=len(SHAPES))
+    order = torch.from_numpy(merge_order(4, 1))
+    of_rows = labels_of_the_square()
+    labels = DenseLabels(**{name: value[order] for name, value in vars(of_rows).items()})
+    said = {name: torch.zeros(4, size) for name, size in objective.token_sizes.items()}
+    for edge, (hundreds, tens) in enumerate(((2, 5), (5, 0), (7, 5), (9, 9))):  # of 250, 500, 750, and 999 for 1000
+        said["token hundreds"].view(4, 4, 10)[:, edge, hundreds] = 50.0
+        said["token tens"].view(4, 4, 10)[:, edge, tens] = 50.0
+    said["token kind"][2:, 1] = 50.0  # the lower two
+    said["token kind"][:2, 0] = 50.0
+    said["token colour"][2:, NAMES.index("blue")] = 50.0
+    losses = token_losses(said, labels)
+    assert {name: len(loss) for name, loss in losses.items()} == {
+        "token kind": 4,
+        "token colour": 2,
+        "token shape": 2,
+        "token hundreds": 6,
+        "token tens": 6,
+    }
+    assert max(losses[name].max() for name in losses if name != "token shape") < 1e-6
+    assert losses["token shape"].tolist() == pytest.approx([np.log(len(SHAPES))] * 2)
+
+
+def test_only_the_direction_of_a_token_is_read(pupil: Pupil) -> None:
+    """So that what it says is as loud as the rest of it."""
+    objective = Dense(small_model(pupil.processor.tokenizer), colours=len(NAMES), shapes=len(SHAPES))
+    pack = dense_pack(pupil, shapes.name(64))
+    before = objective.read(pack.batch)["token tens"]
+    with torch.no_grad():
+        objective.merger.linear_fc2.weight.mul_(5)
+        objective.merger.linear_fc2.bias.mul_(5)
+    torch.testing.assert_close(objective.read(pack.batch)["token tens"], before, atol=1e-4, rtol=1e-4)
 
 
 def test_accuracy_counts_patches_over_all_packs(pupil: Pupil) -> None:

@@ -1,7 +1,8 @@
-"""Dense labels for a vision tower: every patch says what it shows and where, through a linear head that is thrown away."""
+"""Dense labels for a vision tower: every patch and every visual token says what it shows and where, through heads that are thrown away."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, fields
 from functools import partial
 from types import MappingProxyType
@@ -15,7 +16,7 @@ from qvl.model.qwen3vl import Qwen3VL
 from qvl.parallel.data_parallel import World
 from qvl.train.objective import Micro, Outcome
 
-BINS = 32
+BINS = 100
 """Stretches of the picture. A box edge is told as the two neighbours it lies between, with the share of each (distribution focal loss,
 arXiv 2006.04388): one stretch alone would teach nothing finer than itself."""
 
@@ -35,6 +36,8 @@ class DenseLabels:
     """Of the digit, where one is."""
     box_P4: Tensor
     """fp32 x1, y1, x2, y2 as parts of the frame, where an object is."""
+    edge_P4: Tensor
+    """bool: whether the object ends here. A patch tells the edges it sees; what lies elsewhere is asked of the patches there."""
     mask_P44: Tensor
     """bool: which of 4 x 4 cells an object covers."""
 
@@ -50,15 +53,18 @@ class DensePack:
 
 
 class Dense(nn.Module):
-    """Cross-entropies of kind, colour, shape, digit, box edges and their tens, middle and mask at every patch of the tower's last block.
+    """Cross-entropies of kind, colour, shape, digit, box edges, middle and mask at every patch of the tower's last block; and of kind,
+    colour, shape, digit, and the hundreds and tens of box edges at every visual token that the merger makes of four patches.
 
     Ours: the published towers start from SigLIP-2, which has seen 40 billion examples (arXiv 2502.14786); a tiny tower that begins at
     random learns no shapes from captions alone in a minute (dev/LOG.md). Colour and shape have heads of their own: no pair is named here.
+
+    Tokens are read through fixed directions, drawn at random: a head that learns makes up for features too faint for the language to
+    find, and the tens of a box, which need most of the tower, were never said (dev/LOG.md).
     """
 
-    weights: Mapping[str, float] = MappingProxyType(
-        {"kind": 1.0, "colour": 1.0, "shape": 1.0, "digit": 1.0, "box": 3.0, "tens": 0.5, "centre": 0.6, "mask": 1.0}
-    )
+    weights: Mapping[str, float] = MappingProxyType({"box": 3.0, "centre": 0.6, "token tens": 2.0})
+    """Of the heads; the others weigh 1."""
 
     def __init__(self, model: Qwen3VL, *, colours: int, shapes: int, digits: int = 10, seed: int = 0) -> None:
         super().__init__()
@@ -67,13 +73,16 @@ class Dense(nn.Module):
             raise ValueError("this model is text-only; the vision pre-stage trains a vision tower.")
         self.model = model
         classes = {"kind": 3, "colour": colours, "shape": shapes, "digit": digits}
-        self.sizes = classes | {"box": 4 * BINS, "tens": 4 * 10, "centre": 1, "mask": 16}
-        self.norm = nn.LayerNorm(vision.hidden_size, eps=1e-6)
-        self.norm.load_state_dict(model.visual.merger.norm.state_dict())  # type: ignore[union-attr]
+        self.sizes = classes | {"box": 4 * BINS, "centre": 1, "mask": 16}
+        self.token_sizes = {f"token {name}": size for name, size in (classes | {"hundreds": 40, "tens": 40}).items()}
+        self.merger = deepcopy(model.visual.merger)
         self.head = nn.Linear(vision.hidden_size, sum(self.sizes.values()))
+        generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            self.head.weight.normal_(0, 0.02, generator=torch.Generator().manual_seed(seed))
+            self.head.weight.normal_(0, 0.02, generator=generator)
             self.head.bias.zero_()
+        directions = torch.randn(sum(self.token_sizes.values()), vision.out_hidden_size, generator=generator)
+        self.register_buffer("directions", 2 * F.normalize(directions, dim=-1), persistent=False)
 
     def measure(self, micro: Micro) -> float:
         return float(len(_labelled(micro).labels.thing_P))
@@ -81,47 +90,78 @@ class Dense(nn.Module):
     def forward(self, micro: Micro, denominator: float, world: World) -> Outcome:
         pack = _labelled(micro)
         said = self.read(pack.batch)
-        losses = patch_losses(said, pack.labels)
+        losses = patch_losses(said, pack.labels) | token_losses(said, pack.labels)
         # Each head's mean over the patches that have its label; packs of a step and ranks weigh by their patches.
-        mean = sum((self.weights[name] * loss_R.mean() for name, loss_R in losses.items()), torch.zeros(()))
+        mean = sum((self.weights.get(name, 1.0) * loss_R.mean() for name, loss_R in losses.items()), torch.zeros(()))
         sums = {f"loss/{name}": (float(loss_R.detach().sum()), float(len(loss_R))) for name, loss_R in losses.items()}
         sums |= {f"right/{name}": pair for name, pair in _hits(said, pack.labels).items()}
         sums["loss"] = (float(mean.detach()), 1.0)
         return Outcome(mean * (self.measure(micro) / denominator), sums)
 
     def read(self, batch: Batch) -> dict[str, Tensor]:
-        """Each head's logits for every patch, fp32."""
+        """Each head's logits, fp32: for every patch, or for every visual token, which is four of them."""
         assert batch.patch_PX is not None and batch.grid_I3 is not None
         batch = batch.to(self.head.weight.device)
         x_PC = self.model.visual.patch_states(batch.patch_PX, batch.grid_I3, batch.frame_lengths)  # type: ignore[arg-type]
-        logits = self.head(self.norm(x_PC)).float().split(list(self.sizes.values()), dim=-1)
-        return dict(zip(self.sizes, logits, strict=True))
+        patches = self.head(self.merger.norm(x_PC)).float().split(list(self.sizes.values()), dim=-1)
+        # As the decoder's first norm hands tokens on, so that only their direction counts.
+        merged_MD = F.rms_norm(self.merger(x_PC).float(), self.directions.shape[1:])
+        tokens = (merged_MD @ self.directions.T).split(list(self.token_sizes.values()), dim=-1)
+        return dict(zip((*self.sizes, *self.token_sizes), (*patches, *tokens), strict=True))
 
     @torch.no_grad()
     def hand_over(self) -> None:
-        """Write the trained norm back into the model's merger, which begins with it. Call when V0 is done."""
-        self.model.visual.merger.norm.load_state_dict(self.norm.state_dict())  # type: ignore[union-attr]
+        """Write the trained merger back into the model. Call when V0 is done."""
+        self.model.visual.merger.load_state_dict(self.merger.state_dict())  # type: ignore[union-attr]
 
 
 def patch_losses(said: Mapping[str, Tensor], labels: DenseLabels) -> dict[str, Tensor]:
     """Each head's losses, one for each patch that has its label; heads without any patch are left out."""
     thing_P, written_P = labels.thing_P, labels.written_P
     object_P = thing_P | written_P
-    edges = labels.box_P4[object_P]
-    # The second digit of an edge in thousandths, as answers write it.
-    tens = ((edges * 1000).round().long() // 10 % 10).flatten()
+    edge_P4 = labels.edge_P4 & object_P[:, None]
+    edges = labels.box_P4[edge_P4]
     yes_no = partial(F.binary_cross_entropy_with_logits, reduction="none")
     losses = {
         "kind": _nll(said["kind"], thing_P.long() + 2 * written_P.long()),
         "colour": _nll(said["colour"][thing_P], labels.colour_P[thing_P]),
         "shape": _nll(said["shape"][thing_P], labels.shape_P[thing_P]),
         "digit": _nll(said["digit"][written_P], labels.digit_P[written_P]),
-        "box": _between(said["box"][object_P].unflatten(-1, (4, BINS)).flatten(0, 1), edges.flatten() * BINS - 0.5),
-        "tens": _nll(said["tens"][object_P].unflatten(-1, (4, 10)).flatten(0, 1), tens),
+        "box": _between(said["box"].unflatten(-1, (4, BINS))[edge_P4], edges * BINS - 0.5),
         "centre": yes_no(said["centre"][:, 0], labels.centre_P.float()),
         "mask": yes_no(said["mask"], labels.mask_P44.flatten(1).float()).mean(dim=-1),
     }
     return {name: loss for name, loss in losses.items() if len(loss)}
+
+
+def token_losses(said: Mapping[str, Tensor], labels: DenseLabels) -> dict[str, Tensor]:
+    """Each head's losses, one for each visual token that has the label. A token's label is that of the first of its patches with one."""
+    thing_P, written_P = labels.thing_P, labels.written_P
+    is_thing, is_written = (of_P.view(-1, 4).any(dim=1) for of_P in (thing_P, written_P))
+    losses = {"token kind": _nll(said["token kind"], torch.where(is_written, 2, is_thing.long()))}
+    places = {
+        "colour": (thing_P, labels.colour_P),
+        "shape": (thing_P, labels.shape_P),
+        "digit": (written_P, labels.digit_P),
+    }
+    for name, (has_P, label_P) in places.items():
+        has_M, label_M = _first(has_P, label_P)
+        losses[f"token {name}"] = _nll(said[f"token {name}"][has_M], label_M[has_M])
+    ends = labels.edge_P4 & (thing_P | written_P)[:, None]
+    # As answers write an edge, in thousandths; the far edge of the picture is 999 here.
+    thousandths = (labels.box_P4 * 1000).round().long().clamp(max=999)
+    firsts = [_first(ends[:, edge], thousandths[:, edge]) for edge in range(4)]
+    has_M4, edge_M4 = (torch.stack(of_edges, dim=1) for of_edges in zip(*firsts, strict=True))
+    for name, unit in (("hundreds", 100), ("tens", 10)):
+        by_edge = said[f"token {name}"].unflatten(-1, (4, 10))
+        losses[f"token {name}"] = _nll(by_edge[has_M4], edge_M4[has_M4] // unit % 10)
+    return {name: loss for name, loss in losses.items() if len(loss)}
+
+
+def _first(has_P: Tensor, value_P: Tensor) -> tuple[Tensor, Tensor]:
+    """(whether any of a token's four patches has the label, that of the first which has)."""
+    has_M4 = has_P.view(-1, 4)
+    return has_M4.any(dim=1), value_P.view(-1, 4).gather(1, has_M4.float().argmax(dim=1, keepdim=True))[:, 0]
 
 
 @torch.no_grad()

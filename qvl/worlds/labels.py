@@ -34,6 +34,8 @@ class PatchLabels:
     """0 to 9, where `written_P`."""
     box_P4: np.ndarray
     """x1, y1, x2, y2 of the object as parts of the picture, where `thing_P` or `written_P`."""
+    edge_P4: np.ndarray
+    """bool: the object's outermost patches on the left, the top, the right and the bottom. Only these see the edge itself."""
     centre_P: np.ndarray
     """bool: an object's middle lies in this patch."""
     mask_P44: np.ndarray
@@ -97,6 +99,7 @@ def _empty(side: int) -> PatchLabels:
         shape_P=numbers[1],
         digit_P=numbers[2],
         box_P4=np.zeros((number, 4), dtype=np.float32),
+        edge_P4=np.zeros((number, 4), dtype=bool),
         mask_P44=np.zeros((number, CELLS, CELLS), dtype=bool),
     )
 
@@ -110,6 +113,10 @@ def _mark(labels: PatchLabels, mask_P44: np.ndarray, box: tuple[int, int, int, i
     seen_P = mask_P44.sum((1, 2)) >= LEAST
     seen_P[middle] = True  # so that the smallest object has a patch
     labels.box_P4[seen_P] = np.array(box, dtype=np.float32) / 1000
+    rows, columns = np.divmod(np.flatnonzero(seen_P), side)
+    outermost = (columns.min(), rows.min(), columns.max(), rows.max())
+    places = np.stack((columns, rows, columns, rows), axis=1)
+    labels.edge_P4[seen_P] = places == outermost
     return seen_P
 
 

@@ -68,7 +68,8 @@ class Size:
     language: int
     vision: int
     connect: int
-    see: int
+    see: tuple[int, int]
+    """S1's steps with boxes before all else, and with everything."""
     watch: int
     remember: tuple[int, int]
     """S3's longest text in tokens, and its steps."""
@@ -86,7 +87,7 @@ QUICK = Size(
     language=600,
     vision=1450,
     connect=100,
-    see=500,
+    see=(250, 300),
     watch=200,
     remember=(2048, 100),
     questions=160,
@@ -97,7 +98,7 @@ LONG = Size(
     language=3000,
     vision=8000,
     connect=400,
-    see=4000,
+    see=(1500, 3000),
     watch=2500,
     remember=(4096, 1000),
     questions=400,
