@@ -209,6 +209,14 @@ def test_a_schema_that_makes_no_sense_is_refused(client: OpenAI) -> None:
         client.chat.completions.create(**GREEDY, messages=user("x"), response_format=form)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("chat_template_kwargs", {"enable_thinking": False}), ("reasoning_effort", "low")]
+)
+def test_a_switch_of_other_servers_is_refused_with_what_to_do_instead(client: OpenAI, field: str, value: Any) -> None:
+    with pytest.raises(openai.UnprocessableEntityError, match=f"{field} is not taken.*thinking_budget"):
+        client.chat.completions.create(**GREEDY, messages=user("x"), extra_body={field: value})
+
+
 def test_an_adapter_answers_by_its_name_and_the_base_stays_itself(client: OpenAI) -> None:
     assert [model.id for model in client.models.list()] == [MODEL, "tuned"]
     asked: dict[str, Any] = {"messages": user("What?"), "temperature": 0, "max_tokens": 6}

@@ -27,7 +27,7 @@ from qvl.serve.engine_thread import EngineThread, Ticket
 from qvl.serve.errors import Refusal, busy, error_body
 from qvl.serve.gate import Door, Gate
 from qvl.serve.metrics import CONTENT_TYPE, Metrics, Watch
-from qvl.serve.protocol import ChatRequest, TokenizeRequest
+from qvl.serve.protocol import NOT_TAKEN, ChatRequest, TokenizeRequest
 from qvl.serve.reply import Reply
 from qvl.serve.schema import COMPLETION, MODEL, MODELS, REFUSALS, TEXT, TOKENS, replies
 
@@ -304,6 +304,8 @@ def read_validation(error: RequestValidationError) -> tuple[int, str, str | None
         return 400, "The request is no valid JSON.", None
     place = [str(step) for step in first["loc"] if step != "body"]
     param = ".".join(place)[:200] or None
+    if first["type"] == "extra_forbidden" and param in NOT_TAKEN:
+        return 422, f"{param} is not taken. {NOT_TAKEN[param]}", param
     if first["type"] == "extra_forbidden":
         known = [*ChatRequest.model_fields, *TokenizeRequest.model_fields] if len(place) == 1 else []
         return 422, f"Unknown field {param!r}{near_miss(place[-1], known) if known else ''}.", param

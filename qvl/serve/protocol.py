@@ -94,6 +94,13 @@ class Grounding(Strict):
     """Which picture of the conversation, counted from 0; -1 is the last."""
 
 
+NOT_TAKEN = {
+    "chat_template_kwargs": "Qwen3-VL's template has no switches: a checkpoint thinks or does not, and thinking_budget says how long.",
+    "reasoning_effort": "A Qwen3-VL checkpoint thinks or does not; give thinking_budget, in tokens, to one that does.",
+}
+"""Fields that clients of other servers send, and what to do instead. Who sends them wants another answer than they would get."""
+
+
 class ChatRequest(Strict):
     model: Name | None = None
     # The parts of a message are read by qvl.prompt.openai, which names a wrong field and its like.

@@ -84,10 +84,10 @@ class Size:
 
 QUICK = Size(
     name="quickstart",
-    language=600,
-    vision=1450,
-    connect=100,
-    see=(250, 300),
+    language=520,
+    vision=1400,
+    connect=120,
+    see=(240, 260),
     watch=200,
     remember=(2048, 100),
     questions=160,
