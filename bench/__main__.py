@@ -1,6 +1,10 @@
-"""python -m bench [SUITE ...] [--threads N] [--rounds N] [--keep]: measure, print, and with --keep append to results.jsonl."""
+"""python -m bench [SUITE ...] [--threads N] [--rounds N] [--beside FILE] [--keep]: measure, print, with --keep append to results.jsonl."""
 
 import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -21,16 +25,29 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="paired rounds for each row")
     parser.add_argument("--keep", action="store_true", help="append the rows to bench/results.jsonl")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--beside", type=Path, help="lines of the programs in bench/peers, run in the same hour: one more row for each"
+    )
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     rows: list[Row] = []
     for name in args.suites:
         for row in SUITES[name](rounds=args.rounds, device=args.device):
-            rows.append(row)
-            if args.keep:  # at once: what was measured outlives a run that is broken off
-                append(row, args.device)
+            for each in (row, *others(row, args.beside)):
+                rows.append(each)
+                if args.keep:  # at once: what was measured outlives a run that is broken off
+                    append(each, args.device)
     show(rows)
+
+
+def others(row: Row, file: Path | None) -> Iterator[Row]:
+    """The row once more for each peer that was timed apart with as many threads."""
+    for line in file.read_text(encoding="utf-8").splitlines() if file else ():
+        found = json.loads(line)
+        if (found["metric"], found["threads"]) == (row.metric, row.threads):
+            seconds = found["seconds"]
+            yield replace(row, peer=f"{found['peer']}; timed apart", peer_value=seconds, ratio=seconds / row.value)
 
 
 def show(rows: list[Row]) -> None:

@@ -65,6 +65,8 @@ class Dense(nn.Module):
 
     weights: Mapping[str, float] = MappingProxyType({"box": 3.0, "centre": 0.6, "token tens": 2.0})
     """Of the heads; the others weigh 1."""
+    directions: Tensor
+    """One row of norm 2 for each class of a token."""
 
     def __init__(self, model: Qwen3VL, *, colours: int, shapes: int, digits: int = 10, seed: int = 0) -> None:
         super().__init__()
@@ -105,7 +107,7 @@ class Dense(nn.Module):
         x_PC = self.model.visual.patch_states(batch.patch_PX, batch.grid_I3, batch.frame_lengths)  # type: ignore[arg-type]
         patches = self.head(self.merger.norm(x_PC)).float().split(list(self.sizes.values()), dim=-1)
         # As the decoder's first norm hands tokens on, so that only their direction counts.
-        merged_MD = F.rms_norm(self.merger(x_PC).float(), self.directions.shape[1:])
+        merged_MD = F.rms_norm(self.merger(x_PC).float(), [self.directions.shape[1]])
         tokens = (merged_MD @ self.directions.T).split(list(self.token_sizes.values()), dim=-1)
         return dict(zip((*self.sizes, *self.token_sizes), (*patches, *tokens), strict=True))
 

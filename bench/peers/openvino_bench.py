@@ -1,0 +1,107 @@
+"""Time OpenVINO GenAI on the text half of a Hugging Face folder's shape: decoding and prefill, one line of JSON each.
+
+    python bench/peers/openvino_bench.py FOLDER TOKENIZER OUT --threads 2 >> times.jsonl
+
+Runs in an environment of its own (README.md). FOLDER gives the shape; TOKENIZER is any folder with a tokenizer, which the pipeline wants
+and never uses; OUT keeps the converted model. The prefix cache is off and no two prompts are alike: with it on, a prompt read before costs
+nothing. Each answer's length is checked, because a request that is refused takes no time either.
+"""
+
+# pyright: basic, reportMissingImports=false, reportArgumentType=false
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+import openvino_genai as genai
+import transformers
+
+STEPS, WARM, ROUNDS = 32, 4, 3
+CONTEXT = 240
+"""Of a prompt, so that decoding is timed around 256."""
+
+
+def convert(folder: Path, tokenizer: Path, out: Path) -> None:
+    import torch
+    from openvino_tokenizers import convert_tokenizer
+    from optimum.intel import OVModelForCausalLM
+
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    text |= {"model_type": "qwen3", "rope_theta": text["rope_parameters"]["rope_theta"], "rope_scaling": None}
+    text.pop("rope_parameters")
+    config = transformers.Qwen3Config(**text | {"tie_word_embeddings": True})
+    model = transformers.Qwen3ForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(out / "torch")
+    OVModelForCausalLM.from_pretrained(out / "torch", export=True, compile=False, load_in_8bit=False).save_pretrained(
+        out
+    )
+    parts = convert_tokenizer(transformers.AutoTokenizer.from_pretrained(tokenizer), with_detokenizer=True)
+    for part, name in zip(parts, ("openvino_tokenizer.xml", "openvino_detokenizer.xml"), strict=True):
+        ov.save_model(part, out / name)
+
+
+class Pipeline:
+    def __init__(self, out: Path, threads: int, batch_tokens: int) -> None:
+        scheduler = genai.SchedulerConfig()
+        scheduler.cache_size, scheduler.max_num_batched_tokens = 4, batch_tokens
+        scheduler.enable_prefix_caching = False
+        self.inner = genai.ContinuousBatchingPipeline(out, scheduler, "CPU", {"INFERENCE_NUM_THREADS": threads})
+        self.vocabulary = json.loads((out / "config.json").read_text())["vocab_size"]
+        self.random, self.count = np.random.default_rng(0), 0
+
+    def ask(self, tokens: int, answer: int):
+        wanted = genai.GenerationConfig(max_new_tokens=answer, ignore_eos=True, do_sample=False)
+        prompt = self.random.integers(0, self.vocabulary, (1, tokens), dtype=np.int64)
+        self.count += 1
+        return self.inner.add_request(self.count, ov.Tensor(prompt), wanted)
+
+    def finish(self, handles, answer: int) -> None:
+        while self.inner.has_non_finished_requests():
+            self.inner.step()
+        for handle in handles:
+            (found,) = handle.read_all()
+            assert len(found.generated_ids) == answer, f"{len(found.generated_ids)} tokens came, not {answer}"
+
+    def decode(self, batch: int) -> float:
+        """Seconds a step: the middle of STEPS steps after every prompt is read."""
+        handles = [self.ask(CONTEXT, STEPS) for _ in range(batch)]
+        self.inner.step()  # reads all prompts, which fit one step's budget
+        for _ in range(WARM):
+            self.inner.step()
+        each = []
+        for _ in range(STEPS - WARM - 4):
+            start = time.perf_counter()
+            self.inner.step()
+            each.append(time.perf_counter() - start)
+        self.finish(handles, STEPS)
+        return statistics.median(each)
+
+    def prefill(self, tokens: int) -> float:
+        start = time.perf_counter()
+        self.finish([self.ask(tokens, 1)], 1)
+        return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for name in ("folder", "tokenizer", "out"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--threads", type=int, required=True)
+    args = parser.parse_args()
+    if not (args.out / "openvino_model.xml").exists():
+        convert(args.folder, args.tokenizer, args.out)
+    pipeline = Pipeline(args.out, args.threads, 4096)
+    peer = f"OpenVINO GenAI {genai.__version__.split('-')[0]}, continuous batching, its own choice of precision"
+    works = {f"decode step, batch {batch}": lambda batch=batch: pipeline.decode(batch) for batch in (1, 8, 16)}
+    works |= {f"prefill {tokens} tokens": lambda tokens=tokens: pipeline.prefill(tokens) for tokens in (512, 4096)}
+    for metric, work in works.items():
+        work()
+        seconds = statistics.median(work() for _ in range(ROUNDS))
+        print(json.dumps({"metric": metric, "seconds": seconds, "peer": peer, "threads": args.threads}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
