@@ -19,7 +19,9 @@ from qvl.recipes.quickstart.pictures import worlds
 from qvl.recipes.quickstart.story import QUICK, Pupil, Skill, Story
 from qvl.recipes.quickstart.vision import labelled, labelled_pack, merge_order
 from qvl.recipes.quickstart.vocabulary import spoken, train_tokenizer
+from qvl.train.contrastive import V0_RATES
 from qvl.train.dense import BINS, Dense, DenseLabels, accuracy, patch_losses, token_losses
+from qvl.train.parameters import Rates, freeze, groups
 from qvl.worlds import clips, digits, needle, shapes
 from qvl.worlds.labels import patch_labels
 from qvl.worlds.paint import SHAPES
@@ -123,12 +125,17 @@ def dense_pack(pupil: Pupil, world, count: int = 4):
 
 def test_dense_labels_train_the_tower_and_nothing_behind_it(pupil: Pupil) -> None:
     model = small_model(pupil.processor.tokenizer)
+    freeze(model, Rates(vision=0, mergers=0))  # as the language lesson leaves it
     objective = Dense(model, colours=len(NAMES), shapes=len(SHAPES))
+    freeze(model, V0_RATES)
     pack = dense_pack(pupil, shapes.count(64))
     outcome = objective(pack, objective.measure(pack), ALONE)
     outcome.loss.backward()
     assert all(p.grad is not None and p.grad.any() for p in model.visual.blocks.parameters())
     assert all(p.grad is not None and p.grad.any() for p in objective.merger.parameters())
+    assert {"merger.linear_fc1.weight", "merger.norm.bias"} < {
+        name for group in groups(objective) for name in group.names
+    }
     assert all(p.grad is None for p in (*model.visual.merger.parameters(), *model.language_model.parameters()))
     heads = {"kind", "colour", "shape", "box", "mask", "token kind", "token colour", "token hundreds", "token tens"}
     assert {f"loss/{name}" for name in heads} < outcome.sums.keys()

@@ -77,7 +77,8 @@ class Dense(nn.Module):
         classes = {"kind": 3, "colour": colours, "shape": shapes, "digit": digits}
         self.sizes = classes | {"box": 4 * BINS, "centre": 1, "mask": 16}
         self.token_sizes = {f"token {name}": size for name, size in (classes | {"hundreds": 40, "tens": 40}).items()}
-        self.merger = deepcopy(model.visual.merger)
+        # A lesson of language alone may have frozen it.
+        self.merger = deepcopy(model.visual.merger).requires_grad_(True)
         self.head = nn.Linear(vision.hidden_size, sum(self.sizes.values()))
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():

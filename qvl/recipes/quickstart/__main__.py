@@ -99,7 +99,7 @@ def main(options: Options) -> int:
 
     with story.chapter(
         "V0: the vision pre-stage",
-        "Each patch learns to say what it shows and where; SigLIP-2 stands here at real size.",
+        "Each patch, and each token of four patches, learns to say what it shows and where; SigLIP-2 stands here at real size.",
     ):
         look(story, pupil)
         write_page(story, pictures)
@@ -109,7 +109,8 @@ def main(options: Options) -> int:
         write_page(story, pictures, pupil)
 
     with story.chapter(
-        "S1: everything learns", "Name, box, count and read digits; a sixth of text keeps the language."
+        "S1: everything learns",
+        "Boxes first, then name, box, count and read digits; a sixth of text keeps the language.",
     ):
         see(story, pupil)
         story.save(folder, model, tokenizer)

@@ -25,7 +25,8 @@ SKILLS = {"text.name": "told colour and shape", "text.count": "told number of ob
 def tell(story: Story, pupil: Pupil) -> None:
     """Train on prose and told worlds; judge on held-out prose and held-out scenes."""
     lesson = Lesson(name="language", steps=story.size.language, samples=32, lr=4e-3, rates=Rates(vision=0, mergers=0))
-    makers = {name: (maker, share) for name, (maker, share) in replay(story, pupil).items()}
+    makers = replay(story, pupil)
+    makers["prose"] = (makers["prose"][0], 1.2)
     for name in ("text.box", "text.appear"):
         makers[name] = (of_world(world(name), pupil.processor, seed=story.seed), 1.2)
     for length, share in ((64, 2.0), (160, 0.5)):

@@ -26,7 +26,7 @@ def remember(story: Story, pupil: Pupil, *, before: float) -> None:
     for part, share in SHARES.items():
         world = hay(story, pupil, longest // part, ask_all=True)
         makers[f"needle{longest // part}"] = (of_world(world, pupil.processor, seed=story.seed + 3), share)
-    lesson = Lesson(name="S3", steps=steps, samples=24, lr=6e-4, rates=Rates(vision=0.2))
+    lesson = Lesson(name="S3", steps=steps, samples=24, lr=6e-4, rates=Rates(vision=0.3))
     seconds = story.teach(NextToken(pupil.model), makers, lesson, seed=40)
     got, without, constant = find(story, pupil, longest)
     story.note(

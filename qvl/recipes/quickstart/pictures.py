@@ -15,7 +15,7 @@ SAMPLES = 64
 
 def connect(story: Story, pupil: Pupil) -> None:
     """S0 (report 3.1): tower and language stand still, only the mergers learn."""
-    lesson = Lesson(name="S0", steps=story.size.connect, samples=32, lr=4e-3, rates=Rates(vision=0.0, language=0.0))
+    lesson = Lesson(name="S0", steps=story.size.connect, samples=32, lr=1e-2, rates=Rates(vision=0.0, language=0.0))
     seconds = story.teach(NextToken(pupil.model), asked(story, pupil), lesson, seed=10)
     name = worlds()["shapes.name"]
     got, without = story.ask(pupil, name)

@@ -84,10 +84,10 @@ class Size:
 
 QUICK = Size(
     name="quickstart",
-    language=520,
-    vision=1400,
+    language=580,
+    vision=1300,
     connect=120,
-    see=(240, 260),
+    see=(220, 250),
     watch=200,
     remember=(2048, 100),
     questions=160,

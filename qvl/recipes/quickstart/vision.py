@@ -1,4 +1,4 @@
-"""Chapter V0, the vision pre-stage: a tower that knows what each patch shows, before any language model looks through it."""
+"""Chapter V0, the vision pre-stage: a tower and a merger that know what they show, before any language model looks through them."""
 
 import time
 from dataclasses import fields
@@ -30,11 +30,12 @@ def written() -> World:
 
 
 def look(story: Story, pupil: Pupil) -> None:
-    """Train the tower; judge patches of held-out scenes at the size it learned, at two thirds of it and at twice it."""
+    """Train the tower and its merger; judge patches of held-out scenes at the size it learned, at two thirds of it and at twice it."""
     start = time.perf_counter()
     objective = Dense(pupil.model, colours=len(COLOURS), shapes=len(SHAPES), seed=story.seed)
     makers = {}
-    for name, (world, share) in kinds(SIZE).items():
+    # Frames of films are smaller than pictures.
+    for name, (world, share) in (kinds(SIZE) | {"shapes.small": (shapes.name(64), 0.12)}).items():
         makers[name] = (labelled(world, pupil.processor, seed=story.seed), share)
         if world.name != "digits":
             # The tower sees every colour on every shape, as SigLIP-2 has; which pairs are ever named is decided later.
@@ -64,10 +65,10 @@ def look(story: Story, pupil: Pupil) -> None:
 def kinds(size: int) -> dict[str, tuple[World, float]]:
     """What V0 looks at, and its shares. The digits are enlarged scans, whose pictures keep their size."""
     return {
-        "shapes.name": (shapes.name(size), 0.35),
+        "shapes.name": (shapes.name(size), 0.27),
         "shapes.count": (shapes.count(size), 0.2),
-        "shapes.caption": (shapes.caption(size), 0.15),
-        "digits": (written(), 0.3),
+        "shapes.caption": (shapes.caption(size), 0.13),
+        "digits": (written(), 0.28),
     }
 
 
