@@ -17,7 +17,7 @@ def watch(story: Story, pupil: Pupil) -> None:
     makers["needle"] = (of_world(hay(story, pupil, 640, ask_all=True), pupil.processor, seed=story.seed + 1), 0.06)
     for kind, (maker, share) in replay(story, pupil).items():
         makers[kind] = (maker, share / 33)
-    lesson = Lesson(name="S2", steps=story.size.watch, samples=32, lr=1.5e-3, rates=Rates(vision=0.35))
+    lesson = Lesson(name="S2", steps=story.size.watch, samples=32, lr=1.5e-3, rates=Rates(vision=0.5))
     seconds = story.teach(NextToken(pupil.model), makers, lesson, seed=30)
     got, without = story.ask(pupil, world)
     aims = (0.80, story.size.promise(0.95, 0.98))

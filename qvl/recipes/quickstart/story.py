@@ -85,11 +85,11 @@ class Size:
 QUICK = Size(
     name="quickstart",
     language=580,
-    vision=1300,
+    vision=1400,
     connect=120,
-    see=(220, 250),
+    see=(240, 250),
     watch=200,
-    remember=(2048, 100),
+    remember=(2048, 80),
     questions=160,
     answers=6,
 )

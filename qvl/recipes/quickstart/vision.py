@@ -34,8 +34,7 @@ def look(story: Story, pupil: Pupil) -> None:
     start = time.perf_counter()
     objective = Dense(pupil.model, colours=len(COLOURS), shapes=len(SHAPES), seed=story.seed)
     makers = {}
-    # Frames of films are smaller than pictures.
-    for name, (world, share) in (kinds(SIZE) | {"shapes.small": (shapes.name(64), 0.12)}).items():
+    for name, (world, share) in kinds(SIZE).items():
         makers[name] = (labelled(world, pupil.processor, seed=story.seed), share)
         if world.name != "digits":
             # The tower sees every colour on every shape, as SigLIP-2 has; which pairs are ever named is decided later.
@@ -65,10 +64,10 @@ def look(story: Story, pupil: Pupil) -> None:
 def kinds(size: int) -> dict[str, tuple[World, float]]:
     """What V0 looks at, and its shares. The digits are enlarged scans, whose pictures keep their size."""
     return {
-        "shapes.name": (shapes.name(size), 0.27),
+        "shapes.name": (shapes.name(size), 0.35),
         "shapes.count": (shapes.count(size), 0.2),
-        "shapes.caption": (shapes.caption(size), 0.13),
-        "digits": (written(), 0.28),
+        "shapes.caption": (shapes.caption(size), 0.15),
+        "digits": (written(), 0.3),
     }
 
 
