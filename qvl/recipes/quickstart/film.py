@@ -1,7 +1,7 @@
 """Chapter S2: frames with their times; when does an object appear?"""
 
 from qvl.recipes.made_stream import of_world
-from qvl.recipes.quickstart.language import hay, replay
+from qvl.recipes.quickstart.language import hay, parts, replay
 from qvl.recipes.quickstart.pictures import asked, note
 from qvl.recipes.quickstart.story import Lesson, Pupil, Story
 from qvl.train.objective import NextToken
@@ -12,11 +12,10 @@ from qvl.worlds import clips
 def watch(story: Story, pupil: Pupil) -> None:
     """S2 (report 3.1): longer samples, more text, video; pictures stay in the mixture."""
     world = clips.appear()
-    makers = asked(story, pupil, 0.35)
+    makers = parts(asked(story, pupil), 0.35)
     makers["clips.appear"] = (of_world(world, pupil.processor, seed=story.seed), 0.4)
     makers["needle"] = (of_world(hay(story, pupil, 640, ask_all=True), pupil.processor, seed=story.seed + 1), 0.06)
-    for kind, (maker, share) in replay(story, pupil).items():
-        makers[kind] = (maker, share / 33)
+    makers |= parts(replay(story, pupil), 0.025)
     lesson = Lesson(name="S2", steps=story.size.watch, samples=32, lr=1.5e-3, rates=Rates(vision=0.5))
     seconds = story.teach(NextToken(pupil.model), makers, lesson, seed=30)
     got, without = story.ask(pupil, world)

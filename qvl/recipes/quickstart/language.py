@@ -26,14 +26,11 @@ def tell(story: Story, pupil: Pupil) -> None:
     """Train on prose and told worlds; judge on held-out prose and held-out scenes."""
     lesson = Lesson(name="language", steps=story.size.language, samples=32, lr=4e-3, rates=Rates(vision=0, mergers=0))
     makers = replay(story, pupil)
-    makers["prose"] = (makers["prose"][0], 1.2)
-    for name in ("text.box", "text.appear"):
-        makers[name] = (of_world(world(name), pupil.processor, seed=story.seed), 1.2)
-    for length, share in ((64, 2.0), (160, 0.5)):
-        makers[f"needle{length}"] = (
-            of_world(hay(story, pupil, length, ask_all=True), pupil.processor, seed=story.seed),
-            share,
-        )
+    makers["text.box"] = (of_world(world("text.box"), pupil.processor, seed=story.seed), 1.2)
+    longer = hay(story, pupil, 160, ask_all=True)
+    makers["needle160"] = (of_world(longer, pupil.processor, seed=story.seed), 0.5)
+    for name, share in (("prose", 1.6), ("text.appear", 1.2), ("needle64", 2.0)):
+        makers[name] = (makers[name][0], share)
     makers["repeats"] = (of_repeats(pupil.prose_T, 40, seed=story.seed), 2.0)
     seconds = story.teach(NextToken(pupil.model), makers, lesson, seed=0)
 
@@ -70,14 +67,22 @@ def tell(story: Story, pupil: Pupil) -> None:
 
 
 def replay(story: Story, pupil: Pupil) -> dict[str, tuple[Maker, float]]:
-    """Prose and told worlds: what later lessons mix in, so that the language stays.
+    """Prose, told worlds and short needles: what later lessons mix in, so that the language stays, and with it the looking back that
+    films and long texts need.
 
     A fifth of the told names are pairs of colour and shape that no picture ever shows: the language knows that any shape may have any
     colour, as people's language does. Without them the model sees "red" and never says "circle" (dev/LOG.md).
     """
-    told = {name: (of_world(world(name), pupil.processor, seed=story.seed), 1.0) for name in SKILLS}
+    told = {name: (of_world(world(name), pupil.processor, seed=story.seed), 1.0) for name in (*SKILLS, "text.appear")}
     told["text.name/all"] = (of_world(world("text.name"), pupil.processor, seed=story.seed, split="novel"), 0.25)
+    short = hay(story, pupil, 64, ask_all=True)
+    told["needle64"] = (of_world(short, pupil.processor, seed=story.seed), 1.0)
     return told | {"prose": (of_text(pupil.prose_T, WINDOW, seed=story.seed), 2.0)}
+
+
+def parts(makers: dict[str, tuple[Maker, float]], factor: float) -> dict[str, tuple[Maker, float]]:
+    """The same makers at so many times their shares."""
+    return {kind: (maker, share * factor) for kind, (maker, share) in makers.items()}
 
 
 def judged_prose(pupil: Pupil) -> str:

@@ -2,7 +2,7 @@
 
 from qvl.eval.language import bits_per_byte
 from qvl.recipes.made_stream import of_world
-from qvl.recipes.quickstart.language import hay, judged_prose, replay
+from qvl.recipes.quickstart.language import hay, judged_prose, parts, replay
 from qvl.recipes.quickstart.pictures import asked
 from qvl.recipes.quickstart.story import HELD_OUT_SEED, Lesson, Pupil, Skill, Story
 from qvl.train.objective import NextToken
@@ -19,10 +19,9 @@ pictures."""
 def remember(story: Story, pupil: Pupil, *, before: float) -> None:
     """S3 (report 3.1): the longest samples, half of the tokens. `before`: bits a byte of the prose before S0."""
     longest, steps = story.size.remember
-    makers = asked(story, pupil, 0.55)
+    makers = parts(asked(story, pupil), 0.55)
     makers["clips.appear"] = (of_world(clips.appear(), pupil.processor, seed=story.seed + 2), 0.1)
-    for kind, (maker, share) in replay(story, pupil).items():
-        makers[kind] = (maker, share / 33)
+    makers |= parts(replay(story, pupil), 0.025)
     for part, share in SHARES.items():
         world = hay(story, pupil, longest // part, ask_all=True)
         makers[f"needle{longest // part}"] = (of_world(world, pupil.processor, seed=story.seed + 3), share)

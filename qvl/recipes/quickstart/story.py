@@ -84,12 +84,12 @@ class Size:
 
 QUICK = Size(
     name="quickstart",
-    language=580,
-    vision=1400,
-    connect=120,
-    see=(240, 250),
-    watch=200,
-    remember=(2048, 80),
+    language=600,
+    vision=1350,
+    connect=100,
+    see=(220, 260),
+    watch=220,
+    remember=(2048, 90),
     questions=160,
     answers=6,
 )
