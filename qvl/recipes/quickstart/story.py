@@ -85,11 +85,11 @@ class Size:
 QUICK = Size(
     name="quickstart",
     language=600,
-    vision=1400,
+    vision=1350,
     connect=100,
-    see=(250, 320),
-    watch=240,
-    remember=(2048, 100),
+    see=(220, 260),
+    watch=220,
+    remember=(2048, 90),
     questions=160,
     answers=6,
 )
