@@ -28,5 +28,13 @@ class MemoryWatch:
     @staticmethod
     def now() -> int:
         children = Path("/proc/self/task").glob("*/children")
-        pids = ["self", *(pid for file in children for pid in file.read_text().split())]
-        return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids) * 4096
+        pids = ["self", *(pid for file in children for pid in words(file))]
+        return sum(int(pages[1]) for pid in pids if (pages := words(Path(f"/proc/{pid}/statm")))) * 4096
+
+
+def words(file: Path) -> list[str]:
+    """None where a thread or a child has ended since it was listed."""
+    try:
+        return file.read_text().split()
+    except (FileNotFoundError, ProcessLookupError):
+        return []

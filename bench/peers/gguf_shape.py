@@ -28,7 +28,7 @@ def write(folder: Path, path: str) -> None:
     out.add_head_count_kv(shape["num_key_value_heads"])
     out.add_key_length(head_dim)
     out.add_value_length(head_dim)
-    out.add_rope_freq_base(shape["rope_parameters"]["rope_theta"])
+    out.add_rope_freq_base(shape["rope_theta"])
     out.add_layer_norm_rms_eps(shape["rms_norm_eps"])
     out.add_vocab_size(shape["vocab_size"])
     out.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)

@@ -30,8 +30,7 @@ def convert(folder: Path, tokenizer: Path, out: Path) -> None:
     from optimum.intel import OVModelForCausalLM
 
     text = json.loads((folder / "config.json").read_text())["text_config"]
-    text |= {"model_type": "qwen3", "rope_theta": text["rope_parameters"]["rope_theta"], "rope_scaling": None}
-    text.pop("rope_parameters")
+    text |= {"model_type": "qwen3", "rope_scaling": None}
     config = transformers.Qwen3Config(**text | {"tie_word_embeddings": True})
     model = transformers.Qwen3ForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(out / "torch")

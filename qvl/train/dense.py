@@ -121,16 +121,14 @@ class Dense(nn.Module):
 def patch_losses(said: Mapping[str, Tensor], labels: DenseLabels) -> dict[str, Tensor]:
     """Each head's losses, one for each patch that has its label; heads without any patch are left out."""
     thing_P, written_P = labels.thing_P, labels.written_P
-    object_P = thing_P | written_P
-    edge_P4 = labels.edge_P4 & object_P[:, None]
-    edges = labels.box_P4[edge_P4]
+    edges = labels.box_P4[labels.edge_P4]
     yes_no = partial(F.binary_cross_entropy_with_logits, reduction="none")
     losses = {
         "kind": _nll(said["kind"], thing_P.long() + 2 * written_P.long()),
         "colour": _nll(said["colour"][thing_P], labels.colour_P[thing_P]),
         "shape": _nll(said["shape"][thing_P], labels.shape_P[thing_P]),
         "digit": _nll(said["digit"][written_P], labels.digit_P[written_P]),
-        "box": _between(said["box"].unflatten(-1, (4, BINS))[edge_P4], edges * BINS - 0.5),
+        "box": _between(said["box"].unflatten(-1, (4, BINS))[labels.edge_P4], edges * BINS - 0.5),
         "centre": yes_no(said["centre"][:, 0], labels.centre_P.float()),
         "mask": yes_no(said["mask"], labels.mask_P44.flatten(1).float()).mean(dim=-1),
     }
@@ -150,10 +148,9 @@ def token_losses(said: Mapping[str, Tensor], labels: DenseLabels) -> dict[str, T
     for name, (has_P, label_P) in places.items():
         has_M, label_M = _first(has_P, label_P)
         losses[f"token {name}"] = _nll(said[f"token {name}"][has_M], label_M[has_M])
-    ends = labels.edge_P4 & (thing_P | written_P)[:, None]
     # As answers write an edge, in thousandths; the far edge of the picture is 999 here.
     thousandths = (labels.box_P4 * 1000).round().long().clamp(max=999)
-    firsts = [_first(ends[:, edge], thousandths[:, edge]) for edge in range(4)]
+    firsts = [_first(labels.edge_P4[:, edge], thousandths[:, edge]) for edge in range(4)]
     has_M4, edge_M4 = (torch.stack(of_edges, dim=1) for of_edges in zip(*firsts, strict=True))
     for name, unit in (("hundreds", 100), ("tens", 10)):
         by_edge = said[f"token {name}"].unflatten(-1, (4, 10))
