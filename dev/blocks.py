@@ -86,11 +86,12 @@ def _line(name: str, file: Path, indent: int) -> str:
 
 
 def bench(name: str, rows: list[dict[str, Any]]) -> str:
-    """The newest row of each measurement on each machine as a table; without rows, a line that says so."""
+    """The newest row of each measurement beside each peer on each machine as a table; without rows, a line that says so."""
     newest: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in rows:  # rows stand in the order in which they were measured
         if row["suite"] == name or f"{row['suite']}/{row['metric']}".startswith(name):
-            newest[row["metric"], row["shape"], row["machine"], str(row["threads"])] = row
+            peer = row["peer"].split()[0]  # its name, whatever the version
+            newest[row["metric"], row["shape"], row["machine"], str(row["threads"]), peer] = row
     if not newest:
         return f"No rows of `{name}` yet; `make bench` measures them."
     head = ("what", "shape", "qvl", "peer", "peer / qvl", "peer is", "machine", "threads", "date", "commit")
