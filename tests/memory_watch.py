@@ -33,7 +33,7 @@ class MemoryWatch:
 
 
 def words(file: Path) -> list[str]:
-    """None where a thread or a child has ended since it was listed."""
+    """Nothing where a thread or a child has ended since it was listed."""
     try:
         return file.read_text().split()
     except (FileNotFoundError, ProcessLookupError):

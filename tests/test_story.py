@@ -187,7 +187,7 @@ def test_patches_inside_an_object_say_nothing_of_its_edges(pupil: Pupil) -> None
 
 
 def test_a_token_has_the_labels_of_the_first_of_its_patches_that_has_them(pupil: Pupil) -> None:
-    """Four tokens of four patches, in the order of merge blocks; the square fills one patch in each of the left two and right two."""
+    """Four tokens of four patches, in the order of merge blocks; the square fills two patches of each of the lower two."""
     objective = Dense(pupil.model, colours=len(NAMES), shapes=len(SHAPES))
     order = torch.from_numpy(merge_order(4, 1))
     of_rows = labels_of_the_square()

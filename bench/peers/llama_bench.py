@@ -31,18 +31,8 @@ def main() -> None:
     batched = [str(args.programs / "llama-batched-bench"), *common, "-tb", str(args.threads), "-c", "8192"]
     batched += ["-npp", str(CONTEXT), "-ntg", str(STEPS), "-npl", "1,8,16", "--output-format", "jsonl"]
     found = {f"decode step, batch {row['pl']}": row["t_tg"] / STEPS for row in lines(batched)}
-    prefill = [
-        str(args.programs / "llama-bench"),
-        *common,
-        "-p",
-        "512,4096",
-        "-n",
-        "0",
-        "-r",
-        str(ROUNDS),
-        "-o",
-        "jsonl",
-    ]
+    prefill = [str(args.programs / "llama-bench"), *common, "-p", "512,4096", "-n", "0"]
+    prefill += ["-r", str(ROUNDS), "-o", "jsonl"]
     found |= {f"prefill {row['n_prompt']} tokens": row["avg_ns"] / 1e9 for row in lines(prefill)}
     for metric, seconds in found.items():
         print(json.dumps({"metric": metric, "seconds": seconds, "peer": peer, "threads": args.threads}), flush=True)

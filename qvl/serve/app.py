@@ -304,9 +304,9 @@ def read_validation(error: RequestValidationError) -> tuple[int, str, str | None
         return 400, "The request is no valid JSON.", None
     place = [str(step) for step in first["loc"] if step != "body"]
     param = ".".join(place)[:200] or None
-    if first["type"] == "extra_forbidden" and param in NOT_TAKEN:
-        return 422, f"{param} is not taken. {NOT_TAKEN[param]}", param
     if first["type"] == "extra_forbidden":
+        if param in NOT_TAKEN:
+            return 422, f"{param} is not taken. {NOT_TAKEN[param]}", param
         known = [*ChatRequest.model_fields, *TokenizeRequest.model_fields] if len(place) == 1 else []
         return 422, f"Unknown field {param!r}{near_miss(place[-1], known) if known else ''}.", param
     words = str(first["msg"]).removeprefix("Value error, ")
