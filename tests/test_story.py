@@ -17,7 +17,7 @@ from qvl.recipes.quickstart.language import small_model
 from qvl.recipes.quickstart.page import write_page
 from qvl.recipes.quickstart.pictures import worlds
 from qvl.recipes.quickstart.story import QUICK, Pupil, Skill, Story
-from qvl.recipes.quickstart.vision import labelled, labelled_pack, merge_order
+from qvl.recipes.quickstart.vision import labelled, labelled_pack, merge_order, words
 from qvl.recipes.quickstart.vocabulary import spoken, train_tokenizer
 from qvl.train.contrastive import V0_RATES
 from qvl.train.dense import BINS, Dense, DenseLabels, accuracy, patch_losses, token_losses
@@ -232,6 +232,26 @@ def test_accuracy_counts_patches_over_all_packs(pupil: Pupil) -> None:
     assert accuracy(objective, packs)["colour"] == pytest.approx(is_green.float().mean().item())
 
 
+def test_a_token_is_read_where_its_word_lies(pupil: Pupil) -> None:
+    assert {name: len(ids) for name, ids in words(pupil.processor.tokenizer).items()} == {
+        "colour": 6,
+        "shape": 4,
+        "digit": 10,
+    }
+    said = {"colour": [300, 301, 302, 303, 304, 305], "shape": [9, 8, 7, 6], "digit": list(range(40, 50))}
+    objective, by_chance = (Dense(pupil.model, colours=6, shapes=4, words=known) for known in (said, {}))
+    rows = pupil.model.language_model.embed_tokens.weight.detach()
+    start = 0
+    for name, size in objective.token_sizes.items():
+        found, drawn = (o.directions[start : start + size] for o in (objective, by_chance))
+        start += size
+        ids = said.get(name.removeprefix("token "))
+        expected = drawn if ids is None else 2 * torch.nn.functional.normalize(rows[ids], dim=-1)
+        torch.testing.assert_close(found, expected)
+    with pytest.raises(ValueError, match="2 words came for shape, which has 4 classes"):
+        Dense(pupil.model, colours=6, shapes=4, words={"shape": [1, 2, 2, 1]})
+
+
 def test_a_text_pack_is_no_dense_pack(pupil: Pupil) -> None:
     objective = Dense(pupil.model, colours=6, shapes=4)
     stream = MadeStream({"p": (of_text(pupil.prose_T, 16, seed=0), 1.0)}, pupil.model.config, samples=2, seed=0)
@@ -269,6 +289,26 @@ def test_a_stream_goes_on_where_its_state_says(pupil: Pupil) -> None:
         second.restore({"step": 2, "seed": 6})
     first.close()
     second.close()
+
+
+def test_ranks_share_a_step_evenly_and_leave_nothing_out(pupil: Pupil) -> None:
+    makers = {
+        "short": (of_text(pupil.prose_T, 8, seed=0), 1.0),
+        "long": (of_text(pupil.prose_T, 64, seed=0), 0.3),
+    }
+
+    def stream(ranks: Ranks) -> MadeStream:
+        return MadeStream(makers, pupil.model.config, samples=12, seed=3, ranks=ranks)
+
+    alone, *parts = (stream(Ranks(rank, size, torch.device("cpu"))) for rank, size in ((0, 1), (0, 2), (1, 2)))
+    for _ in range(6):
+        (whole,) = alone.next_step()
+        mine = [part.next_step()[0] for part in parts]
+        assert sorted(id for pack in mine for id in pack.ids) == sorted(whole.ids)
+        first, second = (pack.batch.token_T.numel() for pack in mine)
+        assert abs(first - second) <= 64  # never more than one sample apart
+    for each in (alone, *parts):
+        each.close()
 
 
 def test_repeats_say_the_same_twice_and_train_the_second_half(pupil: Pupil) -> None:

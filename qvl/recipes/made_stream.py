@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qvl.core.batch import Batch, Sample
+from qvl.core.deal import deal
 from qvl.model.config import ModelConfig
 from qvl.model.pack import pack
 from qvl.parallel.data_parallel import World
@@ -45,7 +46,7 @@ def packed(samples: list[Sample], ids: tuple[str, ...], categories: tuple[str, .
 
 class MadeStream:
     """Each step draws `samples` examples, their kind by weight, and joins them into one pack. The state is the step's number. Of several
-    ranks each makes its share of the same draw.
+    ranks each makes its share of the same draw, dealt so that all have about as much to do: a step waits for the slowest.
 
     Weights count samples, not tokens: the examples of a kind are about equally long. Files go through qvl.data.loader instead.
     """
@@ -59,9 +60,11 @@ class MadeStream:
         seed: int,
         ahead: int = 2,
         assemble: Assemble = packed,
+        size_of: Callable[[Any], int] = lambda sample: sample.num_tokens,
         ranks: World = ALONE,
     ) -> None:
-        """`ahead` steps are made in a thread while the model trains; order and content do not depend on it."""
+        """`ahead` steps are made in a thread while the model trains; order and content do not depend on it. `size_of` measures what a
+        maker makes; the first example of each kind is measured for all of them."""
         if samples < ranks.size:
             raise ValueError(
                 f"{samples} samples a step cannot be shared by {ranks.size} ranks; give each at least one."
@@ -72,6 +75,7 @@ class MadeStream:
         self.shares = np.cumsum(weights) / sum(weights)
         self.config, self.samples, self.seed, self.step = config, samples, seed, 0
         self._assemble, self._ahead, self._ranks = assemble, ahead, ranks
+        self._sizes = [size_of(make(0)[1]) for make in self.makers] if ranks.size > 1 else [1] * len(makers)
         self._pool = ThreadPoolExecutor(1, initializer=_step_back)
         self._waiting: deque[Future[Micro]] = deque()
 
@@ -96,7 +100,7 @@ class MadeStream:
     def _make(self, step: int) -> Micro:
         random = np.random.Generator(np.random.Philox(key=np.array([self.seed, step], dtype=np.uint64)))
         kinds = np.searchsorted(self.shares, random.random(self.samples), side="right").clip(max=len(self.names) - 1)
-        mine = range(self._ranks.rank, self.samples, self._ranks.size)
+        mine = sorted(deal([self._sizes[kind] for kind in kinds], self._ranks.size)[self._ranks.rank])
         made = [self.makers[kinds[place]](step * self.samples + place) for place in mine]
         ids, categories = tuple(id for id, _ in made), tuple(self.names[kinds[place]] for place in mine)
         return self._assemble([thing for _, thing in made], ids, categories, self.config)

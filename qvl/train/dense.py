@@ -59,8 +59,9 @@ class Dense(nn.Module):
     Ours: the published towers start from SigLIP-2, which has seen 40 billion examples (arXiv 2502.14786); a tiny tower that begins at
     random learns no shapes from captions alone in a minute (dev/LOG.md). Colour and shape have heads of their own: no pair is named here.
 
-    Tokens are read through fixed directions, drawn at random: a head that learns makes up for features too faint for the language to
-    find, and the tens of a box, which need most of the tower, were never said (dev/LOG.md).
+    Tokens are read through fixed directions: a head that learns makes up for features too faint for the language to find, and the tens
+    of a box, which need most of the tower, were never said (dev/LOG.md). A class that the language has a word for lies where that word's
+    embedding does (`words`), so that a visual token says "red" as text would; the others are drawn at random.
     """
 
     weights: Mapping[str, float] = MappingProxyType({"box": 3.0, "centre": 0.6, "token tens": 2.0})
@@ -68,7 +69,17 @@ class Dense(nn.Module):
     directions: Tensor
     """One row of norm 2 for each class of a token."""
 
-    def __init__(self, model: Qwen3VL, *, colours: int, shapes: int, digits: int = 10, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: Qwen3VL,
+        *,
+        colours: int,
+        shapes: int,
+        digits: int = 10,
+        words: Mapping[str, Sequence[int]] = MappingProxyType({}),
+        seed: int = 0,
+    ) -> None:
+        """`words`: token ids for colour, shape or digit, one for each class in its order. Raises ValueError for a count that differs."""
         super().__init__()
         vision = model.config.vision
         if vision is None:
@@ -84,8 +95,16 @@ class Dense(nn.Module):
         with torch.no_grad():
             self.head.weight.normal_(0, 0.02, generator=generator)
             self.head.bias.zero_()
-        directions = torch.randn(sum(self.token_sizes.values()), vision.out_hidden_size, generator=generator)
-        self.register_buffer("directions", 2 * F.normalize(directions, dim=-1), persistent=False)
+        drawn = torch.randn(sum(self.token_sizes.values()), vision.out_hidden_size, generator=generator)
+        rows = dict(zip(self.token_sizes, drawn.split(list(self.token_sizes.values())), strict=True))
+        for name, ids in words.items():
+            if len(set(ids)) != classes[name]:
+                raise ValueError(
+                    f"{len(set(ids))} words came for {name}, which has {classes[name]} classes; give each one of its own."
+                )
+            rows[f"token {name}"] = model.language_model.embed_tokens.weight.detach()[list(ids)].float()
+        directions = 2 * F.normalize(torch.cat(list(rows.values())), dim=-1)
+        self.register_buffer("directions", directions, persistent=False)
 
     def measure(self, micro: Micro) -> float:
         return float(len(_labelled(micro).labels.thing_P))

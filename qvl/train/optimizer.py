@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from qvl.core.deal import deal
 from qvl.parallel.data_parallel import World, from_owners
 from qvl.train.parameters import Rates, groups
 
@@ -189,11 +190,7 @@ class Optimizer:
 
 
 def shared_out(matrices: Mapping[str, Tensor], ranks: int) -> dict[str, int]:
-    """Name -> the rank that orthogonalises it: the costliest first, each to the rank with the least work so far."""
-    work = [0] * ranks
-    owners: dict[str, int] = {}
-    cost = {name: m.numel() * min(m.shape) for name, m in matrices.items()}
-    for name in sorted(cost, key=lambda name: (-cost[name], name)):
-        owners[name] = work.index(min(work))
-        work[owners[name]] += cost[name]
-    return owners
+    """Name -> the rank that orthogonalises it."""
+    names = sorted(matrices)
+    hands = deal([matrices[name].numel() * min(matrices[name].shape) for name in names], ranks)
+    return {names[i]: rank for rank, hand in enumerate(hands) for i in hand}

@@ -11,8 +11,8 @@ from qvl.worlds import clips
 from qvl.worlds.world import blind
 
 DEPTHS = tuple(i / 7 for i in range(8))
-SHARES = {2: 0.05, 1: 0.07}
-"""Half of the longest text, and all of it: S2 has taught 640 tokens. Shares count samples, and the longest is as long as dozens of
+SHARES = {2: 0.03, 1: 0.09}
+"""Half of the longest text, and all of it: S2 has taught 1,024 tokens. Shares count samples, and the longest is as long as dozens of
 pictures."""
 
 
@@ -25,7 +25,7 @@ def remember(story: Story, pupil: Pupil, *, before: float) -> None:
     for part, share in SHARES.items():
         world = hay(story, pupil, longest // part, ask_all=True)
         makers[f"needle{longest // part}"] = (of_world(world, pupil.processor, seed=story.seed + 3), share)
-    lesson = Lesson(name="S3", steps=steps, samples=24, lr=6e-4, rates=Rates(vision=0.3))
+    lesson = Lesson(name="S3", steps=steps, samples=24, lr=9e-4, rates=Rates(vision=0.1))
     seconds = story.teach(NextToken(pupil.model), makers, lesson, seed=40)
     got, without, constant = find(story, pupil, longest)
     story.note(

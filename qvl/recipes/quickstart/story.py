@@ -2,12 +2,12 @@
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -169,6 +169,7 @@ class Story:
         *,
         seed: int,
         assemble: Assemble = packed,
+        size_of: Callable[[Any], int] = lambda sample: sample.num_tokens,
     ) -> float:
         """Runs the one loop over what the makers make; returns seconds."""
         start = time.perf_counter()
@@ -178,6 +179,7 @@ class Story:
             samples=lesson.samples,
             seed=self.seed + seed,
             assemble=assemble,
+            size_of=size_of,
             ranks=self.ranks,
         )
         config = LoopConfig(

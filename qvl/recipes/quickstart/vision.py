@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qvl.model.config import ModelConfig
 from qvl.prompt.processor import Processor
+from qvl.prompt.tokenizer import Tokenizer
 from qvl.recipes.made_stream import Maker
 from qvl.recipes.quickstart.story import Lesson, Pupil, Skill, Story
 from qvl.train.contrastive import V0_RATES, picture_batch
@@ -17,6 +18,7 @@ from qvl.train.dense import Dense, DenseLabels, DensePack, accuracy, join
 from qvl.worlds import digits, shapes
 from qvl.worlds.labels import PatchLabels, patch_labels
 from qvl.worlds.paint import COLOURS, SHAPES
+from qvl.worlds.text import NUMERALS
 from qvl.worlds.world import Split, World, enlarged
 
 SIZE = 96
@@ -32,7 +34,9 @@ def written() -> World:
 def look(story: Story, pupil: Pupil) -> None:
     """Train the tower and its merger; judge patches of held-out scenes at the size it learned, at two thirds of it and at twice it."""
     start = time.perf_counter()
-    objective = Dense(pupil.model, colours=len(COLOURS), shapes=len(SHAPES), seed=story.seed)
+    objective = Dense(
+        pupil.model, colours=len(COLOURS), shapes=len(SHAPES), words=words(pupil.processor.tokenizer), seed=story.seed
+    )
     makers = {}
     for name, (world, share) in kinds(SIZE).items():
         makers[name] = (labelled(world, pupil.processor, seed=story.seed), share)
@@ -42,7 +46,7 @@ def look(story: Story, pupil: Pupil) -> None:
             makers[f"{name}/all"] = (everything, share / 5)
     steps = story.size.vision
     lesson = Lesson(name="V0", steps=steps, samples=32, lr=5e-3, rates=V0_RATES)
-    story.teach(objective, makers, lesson, seed=5, assemble=labelled_pack)
+    story.teach(objective, makers, lesson, seed=5, assemble=labelled_pack, size_of=lambda made: len(made[0]))
     objective.hand_over()
     seconds = time.perf_counter() - start
     got = {size: judge_patches(objective, pupil.processor, size) for size in (64, SIZE, 2 * SIZE)}
@@ -69,6 +73,12 @@ def kinds(size: int) -> dict[str, tuple[World, float]]:
         "shapes.caption": (shapes.caption(size), 0.15),
         "digits": (written(), 0.3),
     }
+
+
+def words(tokenizer: Tokenizer) -> dict[str, list[int]]:
+    """The first token of each class's word as told scenes have it, after a space."""
+    said = {"colour": tuple(COLOURS), "shape": tuple(SHAPES), "digit": NUMERALS}
+    return {name: [tokenizer.encode_text(f" {word}")[0] for word in classes] for name, classes in said.items()}
 
 
 def labelled(world: World, processor: Processor, *, seed: int, split: Split = "train") -> Maker:
