@@ -18,7 +18,6 @@ from qvl.train.dense import Dense, DenseLabels, DensePack, accuracy, join
 from qvl.worlds import digits, shapes
 from qvl.worlds.labels import PatchLabels, patch_labels
 from qvl.worlds.paint import COLOURS, SHAPES
-from qvl.worlds.text import NUMERALS
 from qvl.worlds.world import Split, World, enlarged
 
 SIZE = 96
@@ -76,9 +75,9 @@ def kinds(size: int) -> dict[str, tuple[World, float]]:
 
 
 def words(tokenizer: Tokenizer) -> dict[str, list[int]]:
-    """The first token of each class's word as told scenes have it, after a space."""
-    said = {"colour": tuple(COLOURS), "shape": tuple(SHAPES), "digit": NUMERALS}
-    return {name: [tokenizer.encode_text(f" {word}")[0] for word in classes] for name, classes in said.items()}
+    """Each class's word as told scenes have it, a token of its own: colours and shapes after a space, and the ten figures."""
+    said = {"colour": [f" {name}" for name in COLOURS], "shape": [f" {name}" for name in SHAPES], "digit": "0123456789"}
+    return {name: [tokenizer.encode_text(word)[0] for word in classes] for name, classes in said.items()}
 
 
 def labelled(world: World, processor: Processor, *, seed: int, split: Split = "train") -> Maker:
