@@ -83,6 +83,15 @@ def test_verify_names_each_record_that_is_damaged_or_has_a_second_of_its_name(tm
     assert "the id 'c3' stands in" in found["c3"]
 
 
+@pytest.mark.parametrize("command", ["index", "stats", "verify", "preview"])
+def test_data_must_be_named(command: str, tmp_path, model, capsys) -> None:
+    more = {"preview": ("--out", tmp_path / "page.html")}.get(command, ())
+    if command != "stats":
+        more = (*more, "--model", model)
+    code, out, err = call(capsys, "data", command, *more)
+    assert code != 0 and not out and "no data was named" in err
+
+
 def test_an_index_of_another_model_is_built_anew(tmp_path, model, capsys) -> None:
     from qvl.prompt.budget import ImageBudget
 

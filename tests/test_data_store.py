@@ -87,7 +87,7 @@ def test_a_folder_a_file_and_a_pattern_name_shards_in_order(memory, tmp_path) ->
     assert shards_of(str(tmp_path / "s-1*")) == [str(tmp_path / "s-1.tar")]
     assert [Path(url).name for url in shards_of("memory://bucket")] == ["s-0.tar", "s-1.tar"]
     assert all(url.startswith("memory://") for url in shards_of("memory://bucket"))
-    with pytest.raises(ValueError, match=r"none holds no \.tar shards"):
+    with pytest.raises(ValueError, match="none does not exist"):
         shards_of("memory://none")
 
 

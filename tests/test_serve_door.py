@@ -123,7 +123,10 @@ def test_wrong_requests_are_refused_with_a_sentence(server: Server) -> None:
     def sentence(status: int, **asked: Any) -> str:
         return refused(post(server, body(**asked)), status)
 
-    assert "did you mean 'max_tokens'?" in sentence(422, max_token=3)
+    assert sentence(422, max_token=3).endswith("did you mean 'max_tokens'?")
+    other = sentence(422, prompt="x")  # a field of /tokenize
+    assert other.startswith("Unknown field 'prompt'; known: ") and "add_generation_prompt" not in other
+    assert other.count(" messages,") == 1 and other.endswith(".")
     assert sentence(422, temperature="hot").startswith("temperature: ")
     assert "n: " in sentence(422, n=17) and "n: " in sentence(422, n=True)
     assert "top_logprobs" in sentence(422, top_logprobs=2)

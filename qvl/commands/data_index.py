@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from qvl.data.index import BAD, build_index, fingerprint, read_index
-from qvl.data.store import Store, shards_of
+from qvl.data.store import Store, all_shards
 from qvl.outside.hub import resolve
 from qvl.prompt.processor import Processor
 
@@ -28,7 +28,7 @@ def run(args: DataIndex) -> int:
     processor = Processor.from_folder(resolve(args.model))
     mark, store = fingerprint(processor), Store()
     records = tokens = bad = 0
-    for shard in [shard for path in args.data for shard in shards_of(path)]:
+    for shard in all_shards(args.data):
         index = None
         if not args.force:
             try:

@@ -12,7 +12,7 @@ from qvl.data.index import BAD, fingerprint, read_index
 from qvl.data.order import key_of, permuted
 from qvl.data.preview import preview_page
 from qvl.data.shard import Entry, read_entry
-from qvl.data.store import Store, shards_of
+from qvl.data.store import Store, all_shards
 from qvl.outside.hub import resolve
 from qvl.outside.media import MediaLimits
 from qvl.outside.workers import WorkerPool
@@ -51,7 +51,7 @@ def run(args: DataPreview) -> int:
 
 
 def _chosen(args: DataPreview, store: Store, mark: str) -> Iterator[Entry]:
-    indexes = [read_index(shard, mark, store) for path in args.data for shard in shards_of(path)]
+    indexes = [read_index(shard, mark, store) for shard in all_shards(args.data)]
     places = [(index, i) for index in indexes for i in np.flatnonzero((index.flag_S & BAD) == 0).tolist()]
     if args.ids:
         places = [(index, i) for index, i in places if index.ids[i] in args.ids]

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from qvl.data.index import read_index
 from qvl.data.report import Stats, Tally, stats_of
-from qvl.data.store import Store, shards_of
+from qvl.data.store import Store, all_shards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class DataStats:
 
 def run(args: DataStats) -> None:
     store = Store()
-    stats = stats_of([read_index(shard, None, store) for path in args.data for shard in shards_of(path)])
+    stats = stats_of([read_index(shard, None, store) for shard in all_shards(args.data)])
     if args.json:
         print(json.dumps({**asdict(stats), "total": asdict(stats.total)}, ensure_ascii=False))
         return

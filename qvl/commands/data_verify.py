@@ -8,7 +8,7 @@ import tyro
 
 from qvl.data.index import fingerprint, read_index
 from qvl.data.report import verify
-from qvl.data.store import Store, shards_of
+from qvl.data.store import Store, all_shards
 from qvl.outside.hub import resolve
 from qvl.outside.media import MediaLimits
 from qvl.outside.workers import WorkerPool
@@ -30,7 +30,7 @@ class DataVerify:
 def run(args: DataVerify) -> int:
     processor = Processor.from_folder(resolve(args.model))
     mark, store = fingerprint(processor), Store()
-    indexes = [read_index(shard, mark, store) for path in args.data for shard in shards_of(path)]
+    indexes = [read_index(shard, mark, store) for shard in all_shards(args.data)]
     faults = 0
     with WorkerPool(MediaLimits(max_seconds=args.seconds)) as decoder:
         for fault in verify(indexes, processor, decoder, store):

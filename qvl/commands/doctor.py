@@ -17,7 +17,6 @@ from qvl.model.attention import describe
 EXTRAS = {
     "hub": ("huggingface_hub", "fetch models by name"),
     "serve": ("fastapi", "answer over HTTP (qvl serve)"),
-    "ray": ("ray", "spread data work and rollouts over machines"),
 }
 
 

@@ -304,7 +304,8 @@ def quickstart_model() -> str:
     """Below the current folder."""
     if not (QUICKSTART / "config.json").is_file():
         raise ValueError(
-            f"no --model was given, and {QUICKSTART.absolute()} is no model; give a folder, or run make quickstart there."
+            f"no --model was given, and {QUICKSTART.absolute()} is no model; give a folder, or start from the clone where "
+            "make quickstart was run."
         )
     return str(QUICKSTART)
 

@@ -110,6 +110,9 @@ def check(args: Inspect) -> None:
         raise ValueError(
             "nothing to inspect; give --image, --video or --pdf FILE, and with --model also --prompt TEXT."
         )
+    for file in filter(None, (args.out, args.png)):
+        if not file.parent.is_dir():
+            raise ValueError(f"{file} cannot be written: there is no folder {file.parent}.")
     kinds = {entry.partition("=")[0] for entry in args.ask}
     asks_answer = args.answer is not None or args.generate > 0
     if args.model is None and ("prompt" in kinds or args.system is not None or asks_answer):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from qvl.eval.parity import BF16_LIMIT, GRADIENT_LIMIT, LOGIT_LIMIT, ParityRow, compare
+from qvl.eval.parity import BF16_CASE_LIMIT, BF16_LIMIT, GRADIENT_LIMIT, LOGIT_LIMIT, ParityRow, compare
 from qvl.outside.hub import resolve
 
 
@@ -30,7 +30,8 @@ def run(args: Parity) -> int:
 def show(rows: list[ParityRow]) -> None:
     table = Table(
         title="against transformers, fp32 unless said",
-        caption=f"limits: logits {LOGIT_LIMIT:g}, gradients {GRADIENT_LIMIT:g}, bf16 {BF16_LIMIT:g}",
+        caption=f"limits: logits {LOGIT_LIMIT:g}, gradients {GRADIENT_LIMIT:g}, bf16 {BF16_CASE_LIMIT:g}, "
+        f"{BF16_LIMIT:g} for all together",
     )
     for name in ("input", "logits, max |d|", "gradients, max rel.", "bf16 error, ours / theirs", ""):
         table.add_column(name, justify="left" if name in ("input", "") else "right")
@@ -38,4 +39,6 @@ def show(rows: list[ParityRow]) -> None:
         gradient = "-" if row.gradient_error is None else f"{row.gradient_error:.1e}"
         ratio = "-" if row.bf16_ratio is None else f"{row.bf16_ratio:.2f}"
         table.add_row(row.case, f"{row.logit_error:.1e}", gradient, ratio, "same" if row.passed else "DIFFERENT")
+    if rows and rows[0].bf16_together is not None:
+        table.add_row("all", "", "", f"{rows[0].bf16_together:.2f}", "")
     Console().print(table)

@@ -19,6 +19,7 @@ from qvl.model.lora import load_adapter
 from qvl.model.qwen3vl import Qwen3VL
 from qvl.model.weights import load
 from qvl.outside.hub import resolve
+from qvl.outside.port import check_port
 from qvl.prompt.processor import Processor
 
 try:
@@ -101,6 +102,7 @@ def run(args: Serve) -> int:
     keys = read_keys(args.api_key_file)
     check_address(args.host, keys)
     adapters = read_adapters(args.adapter)
+    check_port(args.host, args.port)
     folder = Path(resolve(args.model or quickstart_model()))
     server = Server(
         build(args, folder, adapters, keys), host=args.host, port=args.port, drain_seconds=args.drain_seconds

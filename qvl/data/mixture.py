@@ -123,7 +123,11 @@ class Mixture:
 def read_mixture(path: Path | str) -> Mixture:
     """A mixture from its YAML file; relative paths in it start from the file's folder."""
     path = Path(path)
-    if path.is_dir() or path.suffix in (".jsonl", ".json", ".parquet", ".tar"):
+    if path.suffix == ".tar" or (path.is_dir() and any(path.glob("*.tar"))):
+        raise ValueError(
+            f"{path} is data, not a mixture file; list it in a YAML file: sources: [{{path: {path.resolve()}}}]."
+        )
+    if path.is_dir() or path.suffix in (".jsonl", ".json", ".parquet"):
         raise ValueError(
             f"{path} is data, not a mixture file; import it to shards (qvl data import), and list them in a YAML file: "
             "sources: [{path: shards}]."

@@ -144,6 +144,13 @@ def local_path(url: str) -> str:
     return url.removeprefix("file://")
 
 
+def all_shards(paths: Sequence[str]) -> list[str]:
+    """Those of every path in turn. ValueError where none is named."""
+    if not paths:
+        raise ValueError("no data was named; give shards, folders of shards, or patterns.")
+    return [shard for path in paths for shard in shards_of(path)]
+
+
 def shards_of(path: str | Path) -> list[str]:
     """The tar shards that `path` names: one file, a folder's, or a pattern's, in the order of their names."""
     text = str(path)
@@ -155,7 +162,9 @@ def shards_of(path: str | Path) -> list[str]:
     else:
         found = [inner] if fs.exists(inner) else []
     if not found:
-        raise ValueError(f"{path} holds no .tar shards; make them with qvl data import.")
+        is_there = "*" in inner or "?" in inner or fs.exists(inner)
+        what = "holds no .tar shards" if is_there else "does not exist"
+        raise ValueError(f"{path} {what}; make shards with qvl data import.")
     shards: Sequence[str] = sorted(str(name) for name in found)
     return [fs.unstrip_protocol(name) if is_remote(text) else name for name in shards]
 

@@ -69,6 +69,8 @@ class Capacity:
     """Of keys and values."""
     longest_context: int
     """Tokens of prompt and answer that one request may have."""
+    max_running: int
+    """Answers at once, whatever fits."""
 
     def requests(self, tokens: int) -> int:
         """How many requests of so many tokens (prompt and answer) fit at once, when they share nothing."""
@@ -80,7 +82,7 @@ class Capacity:
         short = min(4096, self.longest_context)
         return (
             f"the cache takes {self.gib:.2f} GiB: one request of up to {self.longest_context:,} tokens, "
-            f"or {self.requests(short):,} of {short:,} at once."
+            f"or {min(self.requests(short), self.max_running):,} of {short:,} at once."
         )
 
 
@@ -252,6 +254,7 @@ class Engine:
             block_size=size,
             gib=self.num_blocks * bytes_per_block(text, size, self.model.dtype) / GIB,
             longest_context=min(text.max_position_embeddings, self.num_blocks * size + 1),
+            max_running=self.settings.max_running,
         )
 
     def stats(self) -> EngineStats:

@@ -20,6 +20,9 @@ from qvl.prompt.processor import Encoded
 LOGIT_LIMIT = 1e-4
 GRADIENT_LIMIT = 1e-4
 BF16_LIMIT = 1.2
+"""Over the logits of all cases together."""
+BF16_CASE_LIMIT = 1.5
+"""Of one case, whose few dozen tokens share most of their rounding: the same weights give .8 to 1.25 by the draw of the inputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +37,16 @@ class ParityRow:
     worst_parameter: str | None
     bf16_ratio: float | None
     """RMS error of our bf16 logits to fp32, over transformers' own; None where bf16 routing makes it meaningless (MoE)."""
+    bf16_together: float | None
+    """The same over the logits of all cases."""
 
     @property
     def passed(self) -> bool:
         return (
             self.logit_error <= LOGIT_LIMIT
             and (self.gradient_error is None or self.gradient_error <= GRADIENT_LIMIT)
-            and (self.bf16_ratio is None or self.bf16_ratio <= BF16_LIMIT)
+            and (self.bf16_ratio is None or self.bf16_ratio <= BF16_CASE_LIMIT)
+            and (self.bf16_together is None or self.bf16_together <= BF16_LIMIT)
         )
 
 
@@ -52,12 +58,14 @@ def compare(folder: Path, *, with_gradients: bool = True, seed: int = 0) -> list
     theirs = _outcomes(_theirs, folder, config, cases, with_gradients=with_gradients)
     gc.collect()
     ours = _outcomes(_ours, folder, config, cases, with_gradients=with_gradients)
+    is_moe = config.text.moe is not None
+    rounding = [torch.cat([(o.bf16 - o.logits).flatten() for o in each.values()]) for each in (ours, theirs)]
+    together = None if is_moe else _rms(rounding[0]) / _rms(rounding[1])
     rows = []
     for case in cases:
         a, b = ours[case], theirs[case]
         errors = {n: _relative(a.gradients.get(n), b.gradients.get(n)) for n in a.gradients | b.gradients}
         worst = max(errors, key=lambda n: errors[n], default=None)
-        is_moe = config.text.moe is not None
         rows.append(
             ParityRow(
                 case=case,
@@ -65,6 +73,7 @@ def compare(folder: Path, *, with_gradients: bool = True, seed: int = 0) -> list
                 gradient_error=errors[worst] if worst is not None else None,
                 worst_parameter=worst,
                 bf16_ratio=None if is_moe else _rms(a.bf16 - a.logits) / _rms(b.bf16 - b.logits),
+                bf16_together=together,
             )
         )
     return rows

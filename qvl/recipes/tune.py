@@ -1,7 +1,7 @@
 """Continual pretraining and supervised fine-tuning of a checkpoint on one's own data, in full or by LoRA."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -9,8 +9,11 @@ import torch
 
 from qvl.core.device import pick_device, pick_dtype
 from qvl.core.log import log
+from qvl.data.index import fingerprint
 from qvl.data.mixture import read_mixture
 from qvl.data.packing import PackBudget
+from qvl.data.source import open_source
+from qvl.data.store import Store
 from qvl.model.lora import LoraConfig, add_adapter, merge, save_adapter
 from qvl.model.qwen3vl import Qwen3VL
 from qvl.model.weights import load, save
@@ -142,8 +145,11 @@ def tune(
     model = load(folder, dtype=pick_dtype(world.device, run.dtype), device=world.device)
     processor = Processor.from_folder(folder)
     text = held_out_text(run.held_out_text)
+    own = read_mixture(run.data)
+    for source in replace(own, replay=()).resolved():  # before minutes of rehearsal are spent
+        open_source(source, fingerprint(processor), Store())
     # Before the adapter: what is rehearsed is the model as it came.
-    mixture = with_replay(read_mixture(run.data), replay_choice(run, folder), model, processor, world)
+    mixture = with_replay(own, replay_choice(run, folder), model, processor, world)
     lora = LoraConfig(r=run.lora_rank, alpha=2.0 * run.lora_rank, seed=run.seed) if run.lora_rank else None
     if lora is not None:
         add_adapter(model, lora)

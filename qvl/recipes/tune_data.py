@@ -106,7 +106,7 @@ def open_data(
     if held_out and not held_out_records.num_records and world.rank == 0:
         log.warning(
             "a share of %g of your records is to be held out, but they are too few to give one: there will be no held-out loss. "
-            "Give more records, or a larger held_out.",
+            "Give more records, or a larger --held-out.",
             held_out,
         )
     return loader, held_out_records

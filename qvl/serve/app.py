@@ -7,7 +7,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -274,9 +274,10 @@ def _handle_errors(app: FastAPI) -> None:
         assert isinstance(error, Refusal)
         return JSONResponse(error.body, error.status, headers=error.headers)
 
-    async def invalid(_: Request, error: Exception) -> Response:
+    async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        status, message, param = read_validation(error)
+        body = TokenizeRequest if request.url.path == "/tokenize" else ChatRequest
+        status, message, param = read_validation(error, body.model_fields)
         return JSONResponse(error_body(status, message, param=param), status)
 
     async def not_found(_: Request, error: Exception) -> Response:
@@ -297,7 +298,7 @@ def _handle_errors(app: FastAPI) -> None:
     app.add_exception_handler(405, wrong_method)
 
 
-def read_validation(error: RequestValidationError) -> tuple[int, str, str | None]:
+def read_validation(error: RequestValidationError, fields: Iterable[str]) -> tuple[int, str, str | None]:
     """Status, one sentence, and the field it is about. What the client sent is not quoted back, but for names of fields."""
     first = error.errors()[0]
     if first["type"] == "json_invalid":
@@ -307,8 +308,8 @@ def read_validation(error: RequestValidationError) -> tuple[int, str, str | None
     if first["type"] == "extra_forbidden":
         if param in NOT_TAKEN:
             return 422, f"{param} is not taken. {NOT_TAKEN[param]}", param
-        known = [*ChatRequest.model_fields, *TokenizeRequest.model_fields] if len(place) == 1 else []
-        return 422, f"Unknown field {param!r}{near_miss(place[-1], known) if known else ''}.", param
+        advice = near_miss(place[-1], fields) if len(place) == 1 else ""
+        return 422, f"Unknown field {param!r}{advice}{'' if advice.endswith('?') else '.'}", param
     words = str(first["msg"]).removeprefix("Value error, ")
     return 422, f"{param}: {words}" if param else words, param
 

@@ -62,10 +62,12 @@ class Prepared:
     media_seconds: float
     reads_calls: bool
 
-    def applied(self, processor: Processor) -> dict[str, Any]:
-        """Which sampling, pixel and frame budgets held."""
+    def applied(self, served: "Served") -> dict[str, Any]:
+        """Which sampling, pixel and frame budgets held; of an answer's tokens, what the model reads leaves."""
         sampling = {name: value for name, value in asdict(self.request.sampling).items() if name != "num_logprobs"}
-        images, videos = processor.image_budget, processor.video_sampling
+        left = served.max_context - self.request.sample.num_tokens
+        sampling["max_tokens"] = min(sampling["max_tokens"], left)
+        images, videos = served.processor.image_budget, served.processor.video_sampling
         return {
             "sampling": sampling,
             "image_budget": None if images is None else asdict(images),

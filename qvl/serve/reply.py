@@ -187,7 +187,7 @@ class Reply:
         return problems | {"grounding": grounding(boxes, visual.source_width, visual.source_height)}
 
     def _applied(self) -> dict[str, Any]:
-        return {"applied": self.prepared.applied(self.served.processor)} if self.prepared.asked.explain else {}
+        return {"applied": self.prepared.applied(self.served)} if self.prepared.asked.explain else {}
 
 
 def grounding(boxes: Boxes, width: int, height: int) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from qvl.recipes.quickstart.long import remember
 from qvl.recipes.quickstart.media import film, photograph
 from qvl.recipes.quickstart.page import write_page
 from qvl.recipes.quickstart.pictures import connect, kept, see, worlds
-from qvl.recipes.quickstart.story import LONG, QUICK, Pupil, Story
+from qvl.recipes.quickstart.story import HELD_OUT_SEED, LONG, QUICK, Pupil, Story
 from qvl.recipes.quickstart.vision import look
 from qvl.recipes.quickstart.vocabulary import spoken, train_tokenizer
 from qvl.worlds import clips
@@ -136,7 +136,13 @@ def main(options: Options) -> int:
 
     page = write_page(story, pictures, pupil)
     story.console.print(f"\n{story.write_report()} holds the figures, {page} shows them. Try it:")
+    example = worlds()["shapes.name"](HELD_OUT_SEED, 0, "heldout").messages[0].text
     story.console.print("  .venv/bin/qvl chat", markup=False)
+    story.console.print(
+        f"  .venv/bin/qvl generate --model {folder} --image {work / 'pictures' / 'shapes.name-0.png'} --prompt '{example}'",
+        markup=False,
+        soft_wrap=True,
+    )
     holds = all(row.passed for row in rows) and all(skill.holds for skill in story.skills) and same
     return 0 if holds else 1
 

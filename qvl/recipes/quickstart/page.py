@@ -29,6 +29,7 @@ def write_page(story: Story, pictures: dict[str, World], pupil: Pupil | None = N
     path = story.work / "index.html"
     if not story.speaks:
         return path
+    save_pictures(story.work / "pictures", pictures)
     body = [
         section("Promises", promises(story.skills), text(TERMS)) if story.skills else "",
         section("Held-out pictures", text(MARKS), gallery(pictures, pupil)),
@@ -54,7 +55,10 @@ TERMS = (
     "Blind: the same model, shown another example's evidence. Constant: the best answer that never changes. "
     "Seconds: training, beside the first skill that a lesson teaches."
 )
-MARKS = "Green box: where the object is. Orange box: where the model says it is."
+MARKS = (
+    "Green box: where the object is. Orange box: where the model says it is. The pictures lie beside this page, in pictures/, at the size "
+    "the model knows; they are shown enlarged here."
+)
 
 STYLE = """
 .sheet{display:grid;grid-template-columns:repeat(auto-fill,minmax(13rem,1fr));gap:1rem}
@@ -104,15 +108,26 @@ def smoothed(name: str, rows: Sequence[dict[str, Any]], width: int) -> Line:
 def gallery(pictures: dict[str, World], pupil: Pupil | None) -> Html:
     """Held-out examples of each world; with a pupil, its answers: boxes drawn, right and wrong marked."""
     cards = []
-    for world in pictures.values():
+    for name, world in pictures.items():
         examples = [world(HELD_OUT_SEED, i, "heldout") for i in range(EACH)]
         said = answers(pupil.model, pupil.processor, examples) if pupil else [None] * len(examples)
-        cards += [card(example, answer) for example, answer in zip(examples, said, strict=True)]
+        names = [f"{name}-{i}" for i in range(EACH)]
+        cards += [card(*shown) for shown in zip(examples, said, names, strict=True)]
     return tag("div", *cards, class_="sheet")
 
 
-def card(example: Example, answer: str | None) -> Html:
-    question = example.messages[0].text
+def save_pictures(folder: Path, pictures: dict[str, World]) -> None:
+    """The gallery's pictures as files at their own size, to ask about: a larger copy is another thing to a model this small."""
+    folder.mkdir(exist_ok=True)
+    for name, world in pictures.items():
+        for i in range(EACH):
+            for part in world(HELD_OUT_SEED, i, "heldout").messages[0].parts:
+                if isinstance(part, Image) and isinstance(part.source, Raster.Image):
+                    part.source.save(folder / f"{name}-{i}.png")
+
+
+def card(example: Example, answer: str | None, name: str) -> Html:
+    question = f"{name}: {example.messages[0].text}"
     shown = picture_of(example, answer)
     if answer is None:
         return figure(shown, f"{question}", alt=question)
@@ -133,13 +148,14 @@ def picture_of(example: Example, answer: str | None) -> Raster.Image:
             sheet.paste(frame, (i % ACROSS * (side + 2), i // ACROSS * (side + 2)))
         return sheet
     assert isinstance(part.source, Raster.Image)
+    if answer is None or example.scorer != "iou":
+        return part.source
     enlarged = part.source.resize((part.source.width * 3, part.source.height * 3), Raster.Resampling.NEAREST)
-    if answer is not None and example.scorer == "iou":
-        right = Boxes(items=(Box(*example.truth["box"]),), space="relative1000")
-        pen = ImageDraw.Draw(enlarged)
-        # Without the labels of draw_places: the caption says them, and on a picture this small they cannot be read.
-        for places, colour in ((right, RIGHT), (read_boxes(answer), SAID)):
-            for box in places.to_pixels(*enlarged.size).items:
-                if isinstance(box, Box):
-                    pen.rectangle(box.ordered().numbers, outline=colour, width=3)
+    right = Boxes(items=(Box(*example.truth["box"]),), space="relative1000")
+    pen = ImageDraw.Draw(enlarged)
+    # Without the labels of draw_places: the caption says them, and on a picture this small they cannot be read.
+    for places, colour in ((right, RIGHT), (read_boxes(answer), SAID)):
+        for box in places.to_pixels(*enlarged.size).items:
+            if isinstance(box, Box):
+                pen.rectangle(box.ordered().numbers, outline=colour, width=3)
     return enlarged
