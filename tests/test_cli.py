@@ -257,7 +257,6 @@ def test_doctor_says_how_to_get_what_is_missing(
     for sentence in (
         "pip install 'qvl[hub]'",
         "pip install 'qvl[serve]'",
-        "pip install 'qvl[ray]'",
         "install g++ or clang",
     ):
         assert sentence in table

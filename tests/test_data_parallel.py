@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qvl.core.log import read_jsonl
+from qvl.parallel.deal import deal
 from qvl.train.checkpoint import newest
 from qvl.train.optimizer import shared_out
 
@@ -75,6 +78,14 @@ def test_replicas_share_out_muons_matrices_and_a_run_of_theirs_goes_on_alone(tmp
     run(two, 1, 3, muon=True)
     losses = [[row["loss"] for row in read_jsonl(out / "log.jsonl")] for out in (one, two)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+@given(costs=st.lists(st.integers(1, 5000), min_size=1, max_size=40), ranks=st.integers(1, 5))
+def test_every_piece_is_dealt_once_and_loads_differ_by_one_piece(costs: list[int], ranks: int) -> None:
+    hands = deal(costs, ranks)
+    assert sorted(i for hand in hands for i in hand) == list(range(len(costs)))
+    loads = [sum(costs[i] for i in hand) for hand in hands]
+    assert max(loads) - min(loads) <= max(costs)
 
 
 def test_muons_matrices_are_shared_by_what_they_cost() -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qvl.core.deal import deal
 from qvl.data.plan import Pack
 from qvl.model.config import ModelConfig
 from qvl.model.flops import forward_flops, vision_flops
@@ -28,7 +27,7 @@ class Cost:
         )
 
 
-def deal_packs(packs: Sequence[Pack], cost: Cost, world_size: int) -> list[list[int]]:
+def deal(packs: Sequence[Pack], cost: Cost, world_size: int) -> list[list[int]]:
     """The packs of a step for each rank, equally many: the costliest first, each to the rank that has least to do.
 
     Each rank's come in falling cost, so that ranks meet packs of like cost at the same time. The global batch is the same set whatever
@@ -37,7 +36,14 @@ def deal_packs(packs: Sequence[Pack], cost: Cost, world_size: int) -> list[list[
     share, rest = divmod(len(packs), world_size)
     if rest:
         raise ValueError(f"{len(packs)} packs a step cannot be dealt to {world_size} ranks; make it a multiple.")
-    return deal([cost.of(pack) for pack in packs], world_size, most=share)
+    hands: list[list[int]] = [[] for _ in range(world_size)]
+    loads = [0.0] * world_size
+    costs = [cost.of(pack) for pack in packs]
+    for i in sorted(range(len(packs)), key=lambda i: (-costs[i], i)):
+        rank = min((r for r in range(world_size) if len(hands[r]) < share), key=lambda r: (loads[r], r))
+        hands[rank].append(i)
+        loads[rank] += costs[i]
+    return hands
 
 
 def cost_of(config: ModelConfig) -> Cost:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from qvl.core.batch import Batch, Sample
-from qvl.data.deal import cost_of, deal_packs
+from qvl.data.deal import cost_of, deal
 from qvl.data.index import fingerprint
 from qvl.data.mixture import Mixture
 from qvl.data.order import key_of
@@ -125,7 +125,7 @@ class Loader:
             and sum(len(w) for w, _, _ in self._ahead) < self.prefetch_packs
         ):
             packs = self.plan.next_step()
-            mine = [packs[i] for i in deal_packs(packs, self.cost, self.world_size)[self.rank]] if packs else []
+            mine = [packs[i] for i in deal(packs, self.cost, self.world_size)[self.rank]] if packs else []
             self._steps_planned += bool(packs)
             work = mine if self._pool is None else [self._pool.submit(self._make, one) for one in mine]
             self._ahead.append((work, self._plan_state(self._steps_planned), self._plan_counts()))

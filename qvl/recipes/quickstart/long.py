@@ -3,7 +3,7 @@
 from qvl.eval.language import bits_per_byte
 from qvl.recipes.made_stream import of_world
 from qvl.recipes.quickstart.language import hay, judged_prose, parts, replay
-from qvl.recipes.quickstart.pictures import asked
+from qvl.recipes.quickstart.pictures import asked_again
 from qvl.recipes.quickstart.story import HELD_OUT_SEED, Lesson, Pupil, Skill, Story
 from qvl.train.objective import NextToken
 from qvl.train.parameters import Rates
@@ -19,13 +19,13 @@ pictures."""
 def remember(story: Story, pupil: Pupil, *, before: float) -> None:
     """S3 (report 3.1): the longest samples, half of the tokens. `before`: bits a byte of the prose before S0."""
     longest, steps = story.size.remember
-    makers = parts(asked(story, pupil), 0.55)
+    makers = asked_again(story, pupil, 0.55)
     makers["clips.appear"] = (of_world(clips.appear(), pupil.processor, seed=story.seed + 2), 0.1)
     makers |= parts(replay(story, pupil), 0.025)
     for part, share in SHARES.items():
         world = hay(story, pupil, longest // part, ask_all=True)
         makers[f"needle{longest // part}"] = (of_world(world, pupil.processor, seed=story.seed + 3), share)
-    lesson = Lesson(name="S3", steps=steps, samples=24, lr=9e-4, rates=Rates(vision=0.1))
+    lesson = Lesson(name="S3", steps=steps, samples=24, lr=7e-4, rates=Rates(vision=0.1))
     seconds = story.teach(NextToken(pupil.model), makers, lesson, seed=40)
     got, without, constant = find(story, pupil, longest)
     story.note(
