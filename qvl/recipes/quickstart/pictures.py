@@ -56,7 +56,7 @@ def kept(story: Story, pupil: Pupil, *, after: str) -> None:
             skill=skill,
             floor=0.93,
             promise=story.size.promise(0.95, 0.98),
-            got=sum(now) / sum(before),
+            got=sum(now) / sum(before) if any(before) else 0.0,
             seconds=0.0,
         )
     )
