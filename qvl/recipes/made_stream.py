@@ -37,6 +37,10 @@ class MadePack:
     categories: tuple[str, ...]
 
 
+def num_tokens(sample: Sample) -> int:
+    return sample.num_tokens
+
+
 def packed(samples: list[Sample], ids: tuple[str, ...], categories: tuple[str, ...], config: ModelConfig) -> MadePack:
     """Equal lengths side by side: attention takes each run of them in one call."""
     order = sorted(range(len(samples)), key=lambda i: samples[i].num_tokens)
@@ -60,7 +64,7 @@ class MadeStream:
         seed: int,
         ahead: int = 2,
         assemble: Assemble = packed,
-        size_of: Callable[[Any], int] = lambda sample: sample.num_tokens,
+        size_of: Callable[[Any], int] = num_tokens,
         ranks: World = ALONE,
     ) -> None:
         """`ahead` steps are made in a thread while the model trains; order and content do not depend on it. `size_of` measures what a

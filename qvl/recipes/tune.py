@@ -146,8 +146,9 @@ def tune(
     processor = Processor.from_folder(folder)
     text = held_out_text(run.held_out_text)
     own = read_mixture(run.data)
+    mark, store = fingerprint(processor), Store()
     for source in replace(own, replay=()).resolved():  # before minutes of rehearsal are spent
-        open_source(source, fingerprint(processor), Store())
+        open_source(source, mark, store)
     # Before the adapter: what is rehearsed is the model as it came.
     mixture = with_replay(own, replay_choice(run, folder), model, processor, world)
     lora = LoraConfig(r=run.lora_rank, alpha=2.0 * run.lora_rank, seed=run.seed) if run.lora_rank else None

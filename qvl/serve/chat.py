@@ -62,7 +62,7 @@ class Prepared:
     media_seconds: float
     reads_calls: bool
 
-    def applied(self, served: "Served") -> dict[str, Any]:
+    def applied(self, served: Served) -> dict[str, Any]:
         """Which sampling, pixel and frame budgets held; of an answer's tokens, what the model reads leaves."""
         sampling = {name: value for name, value in asdict(self.request.sampling).items() if name != "num_logprobs"}
         left = served.max_context - self.request.sample.num_tokens

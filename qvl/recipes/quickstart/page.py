@@ -29,7 +29,8 @@ def write_page(story: Story, pictures: dict[str, World], pupil: Pupil | None = N
     path = story.work / "index.html"
     if not story.speaks:
         return path
-    save_pictures(story.work / "pictures", pictures)
+    if not (story.work / "pictures").is_dir():  # the same after every chapter
+        save_pictures(story.work / "pictures", pictures)
     body = [
         section("Promises", promises(story.skills), text(TERMS)) if story.skills else "",
         section("Held-out pictures", text(MARKS), gallery(pictures, pupil)),
@@ -118,7 +119,7 @@ def gallery(pictures: dict[str, World], pupil: Pupil | None) -> Html:
 
 def save_pictures(folder: Path, pictures: dict[str, World]) -> None:
     """The gallery's pictures as files at their own size, to ask about: a larger copy is another thing to a model this small."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir()
     for name, world in pictures.items():
         for i in range(EACH):
             for part in world(HELD_OUT_SEED, i, "heldout").messages[0].parts:

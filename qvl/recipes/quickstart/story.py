@@ -19,7 +19,7 @@ from qvl.model.qwen3vl import Qwen3VL
 from qvl.parallel.data_parallel import World as Ranks
 from qvl.prompt.processor import Processor
 from qvl.prompt.tokenizer import Tokenizer
-from qvl.recipes.made_stream import ALONE, Assemble, MadeStream, Maker, packed
+from qvl.recipes.made_stream import ALONE, Assemble, MadeStream, Maker, num_tokens, packed
 from qvl.recipes.quickstart.checkpoint import write_checkpoint
 from qvl.scoring.registry import score
 from qvl.train.loop import LoopConfig, StepReport, Watcher, fit
@@ -169,7 +169,7 @@ class Story:
         *,
         seed: int,
         assemble: Assemble = packed,
-        size_of: Callable[[Any], int] = lambda sample: sample.num_tokens,
+        size_of: Callable[[Any], int] = num_tokens,
     ) -> float:
         """Runs the one loop over what the makers make; returns seconds."""
         start = time.perf_counter()
