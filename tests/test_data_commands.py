@@ -39,7 +39,8 @@ def test_from_rows_to_shards_to_an_index_to_counts_and_a_page(tmp_path, model, c
     source, out = rows(tmp_path / "talk.jsonl"), tmp_path / "shards"
     assert call(capsys, "data", "import", source, "--out", out, "--category", "vqa")[:2] == (
         0,
-        f"wrote 4 records in 1 shards to {out}\nleft out 1 rows; their reasons are in {out / 'rejects.jsonl'}\n",
+        f"wrote 4 records in 1 shards to {out}\nleft out 1 rows; their reasons are in {out / 'rejects.jsonl'}, for instance:\n"
+        "  talk.jsonl, line 5: no JSON: Expecting value: line 1 column 1 (char 0).\n",
     )
     # 6 visual tokens; two role lines, marks, words and ends are 32 more, 5 of them learned
     said = "4 records, 152 tokens; 0 records cannot be read and will not be used\n"

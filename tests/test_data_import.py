@@ -230,8 +230,8 @@ def test_bad_lines_are_listed_with_their_reason_and_the_rest_is_written(folder) 
     report = import_data(lines(folder / "d.jsonl", *rows), folder / "out")
     assert (report.written, report.rejected) == (2, 10)
     expected = [
-        (2, "line 2 is not JSON: Expecting property name"),
-        (3, "line 3 is a list; expected an object"),
+        (2, "no JSON: Expecting property name"),
+        (3, "a list; expected an object"),
         (4, "a row has the keys question; messages, conversations, query and response, or text was expected"),
         (5, "the text has 1 <image> and the row 2 files for them; make them equal"),
         (6, "the medium ../secret.png lies outside the media folder"),

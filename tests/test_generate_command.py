@@ -296,6 +296,8 @@ def test_a_question_without_its_flag_is_answered_with_the_flag(
         capsys.readouterr().err.strip()
         == "qvl: 'what is this?' stands without a flag; ask with --prompt 'what is this?'."
     )
+    assert cli.main(["generate", "--model", models["instruct"], "--promt", "what is this?"]) == 2
+    assert capsys.readouterr().err.strip() == "qvl: there is no flag --promt; did you mean '--prompt'?"
 
 
 def test_a_video_or_pdf_given_as_a_picture_is_called_what_it_is(

@@ -288,7 +288,7 @@ def test_frames_without_their_times_are_refused(client: OpenAI) -> None:
     frames = {"type": "video_frames", "video_frames": [picture()] * 2}
     with pytest.raises(openai.APIStatusError, match="frames") as refused:
         client.chat.completions.create(**ASKED, messages=user(frames))
-    assert refused.value.status_code in (400, 422)
+    assert refused.value.status_code == 400
 
 
 def test_a_stream_counts_cached_tokens_too(client: OpenAI) -> None:

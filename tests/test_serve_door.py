@@ -1,6 +1,8 @@
 """The door of the server: who may come in, what a request may ask, what a refusal says, what a client that leaves costs."""
 
 import json
+import logging
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -123,35 +125,89 @@ def test_wrong_requests_are_refused_with_a_sentence(server: Server) -> None:
     def sentence(status: int, **asked: Any) -> str:
         return refused(post(server, body(**asked)), status)
 
-    assert sentence(422, max_token=3).endswith("did you mean 'max_tokens'?")
-    other = sentence(422, prompt="x")  # a field of /tokenize
+    assert sentence(400, max_token=3).endswith("did you mean 'max_tokens'?")
+    other = sentence(400, prompt="x")  # a field of /tokenize
     assert other.startswith("Unknown field 'prompt'; known: ") and "add_generation_prompt" not in other
     assert other.count(" messages,") == 1 and other.endswith(".")
-    assert sentence(422, temperature="hot").startswith("temperature: ")
-    assert "n: " in sentence(422, n=17) and "n: " in sentence(422, n=True)
-    assert "top_logprobs" in sentence(422, top_logprobs=2)
-    assert "stream_options" in sentence(422, stream_options={"include_usage": True})
-    sentence(422, stop=["x"] * 17)
-    sentence(422, stop="")
-    sentence(422, logit_bias={"151900000": 1})
-    sentence(422, logit_bias={"-1": 1})
-    sentence(422, max_tokens=0)
-    sentence(422, seed=2**70)
-    sentence(422, response_format={"type": "regex"})
-    sentence(422, tool_choice="required")
+    assert "top_logprobs" in sentence(400, top_logprobs=2)
+    assert "stream_options" in sentence(400, stream_options={"include_usage": True})
+    sentence(400, stop=["x"] * 17)
+    sentence(400, stop="")
+    sentence(400, logit_bias={"151900000": 1})
+    sentence(400, logit_bias={"-1": 1})
+    sentence(400, max_tokens=0)
+    sentence(400, seed=2**70)
+    sentence(400, response_format={"type": "regex"})
+    sentence(400, tool_choice="required")
     assert "no such model" in sentence(404, model="other")
-    assert refused(post(server, {"messages": []}), 422)
-    assert refused(post(server, [1]), 422)
-    assert "did you mean 'user'?" not in refused(post(server, {"messages": [{"role": "usr", "content": "x"}]}), 422)
+    assert refused(post(server, {"messages": []}), 400)
+    assert refused(post(server, [1]), 400)
+    assert "did you mean 'user'?" not in refused(post(server, {"messages": [{"role": "usr", "content": "x"}]}), 400)
     assert refused(httpx.get(address(server) + "/no/such"), 404)
     assert refused(httpx.get(address(server) + CHAT), 405)
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "no number": ({"temperature": "hot"}, "temperature must be a number."),
+    "too many answers": ({"n": 17}, "n must be at most 16."),
+    "a truth for a number": ({"n": True}, "n must be a whole number."),
+    "half an answer": ({"n": 1.5}, "n must be a whole number."),
+    "nothing of nothing": ({"top_p": 0}, "top_p must be more than 0."),
+    "kinds of stop": ({"stop": 5}, "stop must be text or a list."),
+    "many stops": ({"stop": ["x"] * 17}, "stop must have at most 16 items."),
+    "an empty stop": ({"stop": ""}, "stop must have 1 or more characters."),
+    "another choice": ({"tool_choice": "any"}, "tool_choice must be 'none', 'auto' or 'required' or an object."),
+    "another form": (
+        {"response_format": {"type": "regex"}},
+        "response_format must be an object whose type is 'text', ",
+    ),
+    "no form": ({"response_format": "json"}, "response_format must be an object."),
+    "no schema": (
+        {"response_format": {"type": "json_schema", "json_schema": {}}},
+        "response_format.json_schema.json_schema.schema is missing.",
+    ),
+    "an unknown field inside": (
+        {"stream_options": {"usage": True}, "stream": True},
+        "Unknown field 'stream_options.usage'",
+    ),
+    "a tool without a name": (
+        {"tools": [{"type": "function", "function": {"name": ""}}]},
+        "tools.0.function.name must be written as",
+    ),
+    "two that do not fit": ({"top_logprobs": 2}, "top_logprobs is given without logprobs;"),
+    "no messages": ({"messages": []}, "messages must have 1 or more items."),
+    "messages of words": ({"messages": ["Hi"]}, "messages.0 must be an object."),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_field_is_told_in_one_sentence_with_its_name(server: Server, name: str) -> None:
+    asked, words = WRONG[name]
+    reply = post(server, body(**asked))
+    assert refused(reply, 400).startswith(words)
+    if not words.startswith(("Unknown", "top_logprobs is")):
+        assert reply.json()["error"]["param"] == words.partition(" ")[0]
+
+
+def test_the_log_has_a_line_for_each_request_and_none_of_its_words(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "qvl.serve"):
+        post(server, body("a secret"))
+        post(server, body("a secret", n=17))
+        httpx.get(address(server) + "/no/such%0Asecret")
+        httpx.get(address(server) + "/health")
+        assert eventually(lambda: len(caplog.messages) >= 3)
+    answered, wrong, lost = (re.sub(r"\d+\.\d+", "T", line) for line in caplog.messages)
+    assert re.fullmatch(r"POST /v1/chat/completions 200 in T s: \d+ tokens in, 2 out, the first after T s", answered)
+    assert wrong == "POST /v1/chat/completions 400 in T s" and lost == "GET other 404 in T s"
 
 
 def test_broken_and_bottomless_json_is_refused(server: Server) -> None:
     headers = {"content-type": "application/json"}
     for text in ("{", "[" * 100_000, '{"messages": ' * 5_000, "\xff\x00", "NaN", '{"messages": NaN}', ""):
         reply = httpx.post(address(server) + CHAT, content=text.encode("latin-1"), headers=headers)
-        assert reply.status_code in (400, 422), text[:20]
+        assert reply.status_code == 400, text[:20]
         refused(reply, reply.status_code)
 
 
@@ -160,7 +216,7 @@ def test_numbers_that_are_none_are_refused(server: Server) -> None:
         for field in ("temperature", "top_p", "presence_penalty"):
             raw = json.dumps(body())[:-1] + f', "{field}": {text}}}'
             reply = httpx.post(address(server) + CHAT, content=raw, headers={"content-type": "application/json"})
-            refused(reply, 422)
+            refused(reply, 400)
 
 
 def test_schemas_have_a_size_and_a_depth(server: Server) -> None:
@@ -169,13 +225,13 @@ def test_schemas_have_a_size_and_a_depth(server: Server) -> None:
         deep = {"type": "object", "properties": {"x": deep}}
     for schema in (deep, {"enum": ["x" * 70_000]}):
         form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
-        refused(post(server, body(response_format=form)), 422)
+        refused(post(server, body(response_format=form)), 400)
         tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
-        refused(post(server, body(tools=[tool])), 422)
-        refused(post(server, {"messages": [{"role": "user", "content": "x"}], "tools": [tool]}, "/tokenize"), 422)
+        refused(post(server, body(tools=[tool])), 400)
+        refused(post(server, {"messages": [{"role": "user", "content": "x"}], "tools": [tool]}, "/tokenize"), 400)
     tool = {"type": "function", "function": {"name": "f"}}
-    refused(post(server, body(tools=[{**tool, "function": {"name": f"f{i}"}} for i in range(129)])), 422)
-    refused(post(server, body(tools=[tool, tool])), 422)
+    refused(post(server, body(tools=[{**tool, "function": {"name": f"f{i}"}} for i in range(129)])), 400)
+    refused(post(server, body(tools=[tool, tool])), 400)
 
 
 def test_wishes_for_media_have_ceilings_on_every_route(server: Server) -> None:
@@ -197,10 +253,10 @@ def test_wishes_for_media_have_ceilings_on_every_route(server: Server) -> None:
         {"type": "image_embeds", "image_embeds": "AAAA"},
     ]
     for part in parts:
-        refused(post(server, body(part)), 422)
-        refused(post(server, {"messages": body(part)["messages"]}, "/tokenize"), 422)
-    refused(post(server, body(*[image(picture())] * 129)), 422)
-    refused(post(server, body(*["x"] * 1025)), 422)
+        refused(post(server, body(part)), 400)
+        refused(post(server, {"messages": body(part)["messages"]}, "/tokenize"), 400)
+    refused(post(server, body(*[image(picture())] * 129)), 400)
+    refused(post(server, body(*["x"] * 1025)), 400)
 
 
 def test_a_body_may_not_be_large_or_slow(tiny_folder: Path) -> None:
@@ -273,7 +329,7 @@ def test_nothing_is_fetched_or_read_by_default(server: Server, url: str, monkeyp
         {"type": "file", "file": {"file_data": url}},
     ):
         for reply in (post(server, body(part)), post(server, {"messages": body(part)["messages"]}, "/tokenize")):
-            assert reply.status_code in (400, 422)
+            assert reply.status_code == 400
             refused(reply, reply.status_code)
 
 

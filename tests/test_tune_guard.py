@@ -152,7 +152,7 @@ def guard_of(small: Processor, out: Path, *, most: float = 1.05) -> TextGuard:
 
 
 def at(step: int) -> StepReport:
-    return StepReport(step, 9, {}, None)
+    return StepReport(step, 9, {"loss": float(step)}, None)
 
 
 def test_the_run_stops_when_text_costs_more_than_the_limit(
@@ -171,6 +171,7 @@ def test_the_run_stops_when_text_costs_more_than_the_limit(
     report = json.loads((tmp_path / "report.json").read_text())
     assert [(row["step"], row["bits_per_byte"]) for row in report["rows"]] == [(0, 1.0), (2, 1.04), (4, 1.06)]
     assert all(row["held_out_loss"] > 0 for row in report["rows"])
+    assert [row["train_loss"] for row in report["rows"]] == [None, 1.5, 3.5]
     assert report["stopped"].startswith("stopped at step 4")
 
 

@@ -66,5 +66,7 @@ def run(args: DataImport) -> int:
         raise ValueError(f"{args.source} holds no rows; nothing was imported.")
     print(f"wrote {report.written:,} records in {len(report.shards)} shards to {args.out}")
     if report.rejected:
-        print(f"left out {report.rejected:,} rows; their reasons are in {report.rejects}")
+        print(f"left out {report.rejected:,} rows; their reasons are in {report.rejects}, for instance:")
+        for line in report.first:
+            print(f"  {line}")
     return 0 if report.written else 1

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qvl.commands.cli import take_in_order
 from qvl.core.batch import Sample
+from qvl.core.config import did_you_mean
 from qvl.core.device import pick_device, pick_dtype
 from qvl.engine.generate import Event, stream
 from qvl.engine.prepare import Weights, prepare
@@ -166,6 +167,10 @@ FLAGS = ("image", "video", "pdf", "prompt")
 def parse(argv: Sequence[str], read: Callable[[Sequence[str]], A]) -> A:
     """The media and prompts in the order given; they replace those of a --config file."""
     asked, rest = take_in_order(argv, FLAGS)
+    for flag in (word.partition("=")[0] for word in rest if word.startswith("--")):
+        # These flags are no fields of the dataclass, so tyro does not know them to suggest.
+        if advice := did_you_mean(flag, [f"--{name}" for name in FLAGS], cutoff=0.85):
+            raise ValueError(f"there is no flag {flag}{advice}")
     if (word := lone_word(rest)) is not None:
         raise ValueError(f"{word!r} stands without a flag; ask with --prompt {shlex.quote(word)}.")
     args = read(rest)

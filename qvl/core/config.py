@@ -62,9 +62,11 @@ def near_miss(word: str, known: typing.Iterable[str]) -> str:
     return did_you_mean(word, known) or f"; known: {', '.join(known) or 'none'}"
 
 
-def did_you_mean(word: str, known: typing.Iterable[str]) -> str:
+def did_you_mean(word: str, known: typing.Iterable[str], cutoff: float = 0.6) -> str:
     """The first half of that; nothing where no known word is near."""
-    near = difflib.get_close_matches(word[:64], list(known), n=1)  # a word may come from a stranger, a megabyte long
+    near = difflib.get_close_matches(
+        word[:64], list(known), n=1, cutoff=cutoff
+    )  # a word may come from a stranger, a megabyte long
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

@@ -15,6 +15,8 @@ from qvl.data.tables import table_rows
 from qvl.outside.workers import Decoder, InProcess
 
 REJECTS = "rejects.jsonl"
+SHOWN = 3
+"""Rejected rows that a report names."""
 ENDINGS = (".jsonl", ".json", ".parquet", ".arrow")
 
 
@@ -25,6 +27,8 @@ class ImportReport:
     shards: tuple[Path, ...]
     rejects: Path | None
     """Where the rows that were left out are listed; None when there are none."""
+    first: tuple[str, ...] = ()
+    """The first few of them, as FILE, line N: REASON."""
 
 
 def import_data(
@@ -53,7 +57,7 @@ def import_data(
     root = media_root or (source if source.is_dir() else source.parent)
     decoder = decoder or InProcess()
     facts = {"source": name or source.stem, "category": category, "license": license, "lang": lang}
-    written, rejected = 0, 0
+    written, rejected, first = 0, 0, []
     rejects: JsonlWriter | None = None
     with ShardWriter(out, max_records=max_records, max_bytes=max_bytes) as writer:
         for file in files:
@@ -69,6 +73,8 @@ def import_data(
                     written += 1
                 except ValueError as error:
                     rejected += 1
+                    if rejected <= SHOWN:
+                        first.append(f"{file.name}, line {number}: {error}")
                     rejects = rejects or JsonlWriter(out / REJECTS)
                     id = row.get("id") if isinstance(row, dict) else None
                     rejects.write({"file": file.name, "line": number, "id": id, "reason": str(error)})
@@ -79,6 +85,7 @@ def import_data(
         rejected=rejected,
         shards=tuple(writer.paths),
         rejects=out / REJECTS if rejected else None,
+        first=tuple(first),
     )
 
 
@@ -112,17 +119,12 @@ def rows_of(file: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
         if not isinstance(data, list):
             raise ValueError(f"{file} holds a {type(data).__name__}; expected a list of rows.")
         for number, row in enumerate(data, 1):
-            yield (
-                number,
-                row
-                if isinstance(row, dict)
-                else ValueError(f"row {number} is a {type(row).__name__}; expected an object."),
-            )
+            yield number, _object(row)
         return
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                yield number, _parsed(line, number)
+                yield number, _parsed(line)
 
 
 def _without_none(value: Any) -> Any:
@@ -132,9 +134,12 @@ def _without_none(value: Any) -> Any:
     return [_without_none(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _parsed(line: bytes, number: int) -> dict[str, Any] | ValueError:
+def _parsed(line: bytes) -> dict[str, Any] | ValueError:
     try:
-        row = json.loads(line)
+        return _object(json.loads(line))
     except (ValueError, RecursionError) as error:
-        return ValueError(f"line {number} is not JSON: {error}.")
-    return row if isinstance(row, dict) else ValueError(f"line {number} is a {type(row).__name__}; expected an object.")
+        return ValueError(f"no JSON: {error}.")
+
+
+def _object(row: Any) -> dict[str, Any] | ValueError:
+    return row if isinstance(row, dict) else ValueError(f"a {type(row).__name__}; expected an object.")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qvl.core.batch import Sample
-from qvl.core.log import log
+from qvl.core.log import say_once
 from qvl.data.draft import fit
 from qvl.data.index import BAD, MEDIA, ShardIndex, read_index
 from qvl.data.mixture import SourceConfig
@@ -86,7 +86,7 @@ def open_source(config: SourceConfig, mark: str, store: Store) -> Source:
     usable = [np.flatnonzero(((s.flag_S & BAD) == 0) & (s.target_S > 0)) for s in shards]
     left_out = sum(s.num_records for s in shards) - sum(len(rows) for rows in usable)
     if left_out:
-        log.warning("%s: %d records cannot be read or hold nothing to train; they are left out", config.path, left_out)
+        say_once(f"{config.path}: {left_out:,} records cannot be read or hold nothing to train; they are left out")
     shard_S = np.repeat(np.arange(len(shards), dtype=np.int32), [len(rows) for rows in usable])
     row_S = np.concatenate(usable)
 

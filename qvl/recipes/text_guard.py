@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from pydoc_data import topics
 from typing import Any
@@ -36,6 +36,8 @@ class Judgement:
     """Of the held-out text."""
     held_out_loss: float | None
     """Mean loss a token on held-out records; None where none are held out."""
+    train_loss: float | None = None
+    """Mean of the steps since the judgement before, or since the run went on, replay included; None before the first."""
 
 
 class TextLostError(Exception):
@@ -69,6 +71,7 @@ class TextGuard:
         self.facts = {"text": {"bytes": len(text.encode()), "sha256": digest}, "max_text_loss": most, **(facts or {})}
         self.rows: dict[int, Judgement] = {}
         self.stopped: str | None = None
+        self._losses: list[float] = []
 
     # ---- the run
 
@@ -86,9 +89,13 @@ class TextGuard:
         self.write()
 
     def __call__(self, report: StepReport) -> None:
+        if report.skipped is None:
+            self._losses.append(report.values["loss"])
         if report.step % self.every and report.step != report.steps:
             return
-        row = self.rows[report.step] = self.judge(report.step)
+        mean = sum(self._losses) / len(self._losses) if self._losses else None
+        row = self.rows[report.step] = replace(self.judge(report.step), train_loss=mean)
+        self._losses.clear()
         ratio = row.bits_per_byte / self.before.bits_per_byte
         held_out = "" if row.held_out_loss is None else f", held-out loss {row.held_out_loss:.3f}"
         log.info("step %d: text %.3f bits a byte, %.3f of before%s", report.step, row.bits_per_byte, ratio, held_out)
@@ -153,13 +160,13 @@ class TextGuard:
 def table_of(rows: Iterable[Judgement]) -> Table:
     """Before, between, after."""
     table = Table(title="before and after", title_justify="left")
-    for name in ("step", "text, bits a byte", "of before", "held-out loss"):
+    for name in ("step", "text, bits a byte", "of before", "held-out loss", "training loss"):
         table.add_column(name, justify="right")
     ordered = sorted(rows, key=lambda row: row.step)
     for row in ordered:
         ratio = row.bits_per_byte / ordered[0].bits_per_byte
-        loss = "-" if row.held_out_loss is None else f"{row.held_out_loss:.3f}"
-        table.add_row(str(row.step), f"{row.bits_per_byte:.3f}", f"{ratio:.3f}", loss)
+        losses = ("-" if loss is None else f"{loss:.3f}" for loss in (row.held_out_loss, row.train_loss))
+        table.add_row(str(row.step), f"{row.bits_per_byte:.3f}", f"{ratio:.3f}", *losses)
     return table
 
 

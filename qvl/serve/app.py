@@ -7,7 +7,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -21,15 +21,15 @@ from fastapi.routing import APIRoute
 from pydantic_core import from_json
 
 import qvl
-from qvl.core.config import near_miss
 from qvl.serve.chat import Cook
 from qvl.serve.engine_thread import EngineThread, Ticket
 from qvl.serve.errors import Refusal, busy, error_body
 from qvl.serve.gate import Door, Gate
 from qvl.serve.metrics import CONTENT_TYPE, Metrics, Watch
-from qvl.serve.protocol import NOT_TAKEN, ChatRequest, TokenizeRequest
+from qvl.serve.protocol import ChatRequest, TokenizeRequest
 from qvl.serve.reply import Reply
 from qvl.serve.schema import COMPLETION, MODEL, MODELS, REFUSALS, TEXT, TOKENS, replies
+from qvl.serve.validation import read_validation
 
 T = TypeVar("T")
 App = FastAPI
@@ -112,6 +112,11 @@ def make_app(cook: Cook, thread: EngineThread, metrics: Metrics, *, door: Door, 
     app.router.route_class = JsonRoute
     _handle_errors(app)
     _routes(app, service)
+    for route in app.openapi()["paths"].values():
+        for operation in route.values():
+            operation["responses"].pop(
+                "422", None
+            )  # FastAPI's own; a wrong field is a 400 here, as OpenAI's clients expect
     app.add_middleware(Gate, door=door, metrics=metrics, is_draining=lambda: thread.is_draining)  # type: ignore[arg-type]
     return app
 
@@ -160,6 +165,7 @@ def _routes(app: FastAPI, service: Service) -> None:
     async def chat(asked: ChatRequest, request: Request) -> Response:
         """OpenAI's chat completions, with pictures, videos and documents among the parts of a message."""
         watch = Watch(service.metrics, request.scope["state"]["start"])
+        request.scope["state"]["watch"] = watch
         work = service.off_loop(asked.messages, lambda is_gone: service.cook.prepare(asked, is_cancelled=is_gone))
         prepared = await until_gone(request, work)
         patches = prepared.request.sample.patch_PX
@@ -277,8 +283,8 @@ def _handle_errors(app: FastAPI) -> None:
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         body = TokenizeRequest if request.url.path == "/tokenize" else ChatRequest
-        status, message, param = read_validation(error, body.model_fields)
-        return JSONResponse(error_body(status, message, param=param), status)
+        message, param = read_validation(error.errors(), body.model_fields)
+        return JSONResponse(error_body(400, message, param=param), 400)
 
     async def not_found(_: Request, error: Exception) -> Response:
         return JSONResponse(error_body(404, "There is no such route.", code="not_found"), 404)
@@ -296,22 +302,6 @@ def _handle_errors(app: FastAPI) -> None:
     app.add_exception_handler(400, unreadable)
     app.add_exception_handler(404, not_found)
     app.add_exception_handler(405, wrong_method)
-
-
-def read_validation(error: RequestValidationError, fields: Iterable[str]) -> tuple[int, str, str | None]:
-    """Status, one sentence, and the field it is about. What the client sent is not quoted back, but for names of fields."""
-    first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        return 400, "The request is no valid JSON.", None
-    place = [str(step) for step in first["loc"] if step != "body"]
-    param = ".".join(place)[:200] or None
-    if first["type"] == "extra_forbidden":
-        if param in NOT_TAKEN:
-            return 422, f"{param} is not taken. {NOT_TAKEN[param]}", param
-        advice = near_miss(place[-1], fields) if len(place) == 1 else ""
-        return 422, f"Unknown field {param!r}{advice}{'' if advice.endswith('?') else '.'}", param
-    words = str(first["msg"]).removeprefix("Value error, ")
-    return 422, f"{param}: {words}" if param else words, param
 
 
 # ---- the page -----------------------------------------------------------------------------------------------------

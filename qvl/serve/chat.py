@@ -181,19 +181,19 @@ class Cook:
             bias = {int(id): float(value) for id, value in asked.logit_bias.items()}
             if max(bias) >= self.served.vocab_size:
                 raise Refusal(
-                    422, f"logit_bias names a token past {self.served.vocab_size - 1}, the last.", param="logit_bias"
+                    400, f"logit_bias names a token past {self.served.vocab_size - 1}, the last.", param="logit_bias"
                 )
             given["logit_bias"] = tuple(sorted(bias.items()))
         try:
             sampling = replace(self.served.sampling, num_logprobs=asked.top_logprobs or 0, **given)
         except ValueError as error:
-            raise Refusal(422, safe_sentence(error)) from error
+            raise Refusal(400, safe_sentence(error)) from error
         most = self.kitchen.limits.max_logprobs
         tokens = (asked.n or 1) * min(sampling.max_tokens, self.served.max_context)
         entries = tokens * (1 + sampling.num_logprobs)
         if asked.logprobs and entries > most:
             raise Refusal(
-                422,
+                400,
                 f"n x max_tokens x (1 + top_logprobs) is {entries:,}; at most {most:,} logprobs are given. Ask for fewer.",
                 param="logprobs",
             )
@@ -230,4 +230,4 @@ def read_messages(data: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
     try:
         return messages_from_dicts(data)
     except ValueError as error:
-        raise Refusal(422, safe_sentence(error, "A message cannot be read."), param="messages") from error
+        raise Refusal(400, safe_sentence(error, "A message cannot be read."), param="messages") from error

@@ -26,6 +26,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN = {"/health"}
 """The only route without a key."""
+QUIET = {"/health", "/readyz", "/metrics"}
+"""Routes that machines ask every few seconds; the log leaves them out."""
 HEADERS = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
@@ -90,6 +92,8 @@ class Gate:
             # Unknown paths share one label: a client must not be able to make labels.
             route = getattr(scope.get("route"), "path", "other")
             self.metrics.requests.labels(route, str(status)).inc()
+            if route not in QUIET:
+                _note(scope, route, status)
 
     async def _checked(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
@@ -196,6 +200,13 @@ class ValueCount:
         self.count += sum(piece.count(b",") for piece in pieces[self._in_string :: 2])
         self._in_string ^= len(pieces) % 2 == 0
         return self.count
+
+
+def _note(scope: Scope, route: str, status: int) -> None:
+    """One line for each request, of the server's own words: a path or a header could write lines of its own."""
+    watch = scope["state"].get("watch")
+    seconds = time.monotonic() - scope["state"]["start"]
+    log.info("%s %s %d in %.2f s%s", scope["method"], route, status, seconds, f": {watch}" if watch else "")
 
 
 def _name_of(host: str) -> str:

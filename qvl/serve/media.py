@@ -102,7 +102,7 @@ class Kitchen:
             (words, limits.max_text, "characters"),
         ):
             if count > most:
-                raise Refusal(422, f"The conversation has {count:,} {what}; at most {most:,} are allowed.")
+                raise Refusal(400, f"The conversation has {count:,} {what}; at most {most:,} are allowed.")
         if media and self.processor.image_budget is None:
             raise Refusal(400, "This model takes text only.", param="messages")
         for where, part in _media_of(messages):
@@ -112,9 +112,9 @@ class Kitchen:
         limits = self.limits
         sources = part.source if isinstance(part.source, tuple) else (part.source,)
         if not all(isinstance(source, str) for source in sources):
-            raise Refusal(422, f"{where}: the source must be text: a data URI or an address.", param=where)
+            raise Refusal(400, f"{where}: the source must be text: a data URI or an address.", param=where)
         if len(sources) > limits.max_frames:
-            raise Refusal(422, f"{where} has {len(sources):,} frames; at most {limits.max_frames:,} are allowed.")
+            raise Refusal(400, f"{where} has {len(sources):,} frames; at most {limits.max_frames:,} are allowed.")
         most = limits.max_video_tokens if isinstance(part, Video) else limits.max_image_tokens
         wishes = [("max_tokens", part.max_tokens, most)]
         if isinstance(part, Image):
@@ -125,7 +125,7 @@ class Kitchen:
             wishes.append(("pages", len(part.pages or ""), 4096))
         for name, value, ceiling in wishes:
             if value is not None and value > ceiling:
-                raise Refusal(422, f"{where}: {name} is {value:,}; at most {ceiling:,} is allowed.", param=where)
+                raise Refusal(400, f"{where}: {name} is {value:,}; at most {ceiling:,} is allowed.", param=where)
 
     def load(
         self, messages: Sequence[Message], *, is_cancelled: Callable[[], bool] = lambda: False

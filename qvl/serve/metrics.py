@@ -54,6 +54,9 @@ class Watch:
 
     def __init__(self, metrics: Metrics, start: float) -> None:
         self.metrics, self.start = metrics, start
+        self.prompt_tokens = self.answer_tokens = 0
+        self.first: float | None = None
+        """Seconds to the first token."""
         self._last: dict[int, float] = {}
 
     def token(self, index: int) -> None:
@@ -61,15 +64,23 @@ class Watch:
         if index in self._last:
             self.metrics.between_tokens.observe(now - self._last[index])
         elif not self._last:
-            self.metrics.first_token.observe(now - self.start)
+            self.first = now - self.start
+            self.metrics.first_token.observe(self.first)
         self._last[index] = now
+        self.answer_tokens += 1
         self.metrics.answer_tokens.inc()
 
     def queued(self, media_seconds: float, prompt_tokens: int, has_media: bool) -> None:
         self.metrics.queue.observe(time.monotonic() - self.start)
+        self.prompt_tokens = prompt_tokens
         self.metrics.prompt_tokens.inc(prompt_tokens)
         if has_media:
             self.metrics.media.observe(media_seconds)
+
+    def __str__(self) -> str:
+        """For the log: how much came in and went out, and nothing of what it said."""
+        first = "" if self.first is None else f", the first after {self.first:.2f} s"
+        return f"{self.prompt_tokens:,} tokens in, {self.answer_tokens:,} out{first}"
 
     def end(self) -> None:
         self.metrics.whole.observe(time.monotonic() - self.start)

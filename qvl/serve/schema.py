@@ -16,7 +16,7 @@ ERROR = _object({"error": _object({"message": TEXT, "type": TEXT, "param": _or_n
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"description": words, "content": {"application/json": {"schema": ERROR}}}
     for status, words in {
-        400: "The request cannot be answered.",
+        400: "A field is wrong, or the request cannot be answered as it is.",
         401: "The key is missing or wrong.",
         404: "There is no such model.",
         405: "The route does not take that method.",
@@ -24,7 +24,6 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
         413: "The request is too large.",
         415: "The request is no JSON.",
         421: "The server has another name.",
-        422: "A field is wrong.",
         429: "Too many requests; Retry-After says when to come again.",
         500: "The model failed on this request.",
         503: "The server is shutting down.",

@@ -95,12 +95,12 @@ QUICK = Size(
 )
 LONG = Size(
     name="story",
-    language=3000,
-    vision=8000,
-    connect=400,
-    see=(1500, 3000),
-    watch=2500,
-    remember=(4096, 1000),
+    language=2400,
+    vision=6000,
+    connect=300,
+    see=(1400, 2900),
+    watch=1500,
+    remember=(4096, 600),
     questions=400,
     answers=10,
 )
