@@ -28,7 +28,7 @@ from qvl.serve.gate import Door, Gate
 from qvl.serve.metrics import CONTENT_TYPE, Metrics, Watch
 from qvl.serve.protocol import ChatRequest, TokenizeRequest
 from qvl.serve.reply import Reply
-from qvl.serve.schema import COMPLETION, MODEL, MODELS, REFUSALS, TEXT, TOKENS, replies
+from qvl.serve.schema import COMPLETION, EVENT, MODEL, MODELS, REFUSALS, TOKENS, replies
 from qvl.serve.validation import read_validation
 
 T = TypeVar("T")
@@ -161,7 +161,7 @@ def _routes(app: FastAPI, service: Service) -> None:
         work = service.off_loop(asked.messages, lambda is_gone: service.cook.tokenize(asked, is_cancelled=is_gone))
         return _json(await until_gone(request, work))
 
-    @app.post("/v1/chat/completions", responses=replies(COMPLETION, **{"text/event-stream": {"schema": TEXT}}))
+    @app.post("/v1/chat/completions", responses=replies(COMPLETION, **{"text/event-stream": {"schema": EVENT}}))
     async def chat(asked: ChatRequest, request: Request) -> Response:
         """OpenAI's chat completions, with pictures, videos and documents among the parts of a message."""
         watch = Watch(service.metrics, request.scope["state"]["start"])

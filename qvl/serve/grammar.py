@@ -12,8 +12,9 @@ from torch import Tensor
 from qvl.prompt.tokenizer import Tokenizer
 from qvl.serve.errors import Refusal
 
-# Blanks between JSON's signs, as people and models write them; an open end is an invitation to write blanks for ever.
-WHITESPACE = r"[ \n\t]{0,24}"
+# Between JSON's signs, as people and models write it: a blank, or a line's end and an indent. An open end is an invitation to write blanks
+# for ever, and where nothing is indented a small model spends its tokens on them.
+WHITESPACE = r"( |\n[ \t]{0,24})?"
 KEPT = 64
 """States of one request that are kept: its answers, and a few steps back."""
 STRAYED = "the answer can no longer follow the schema; simplify the schema."

@@ -54,6 +54,8 @@ COMPLETION = _object(
     },
     applied={"type": "object"},
 )
+EVENT = _object({"data": TEXT})
+"""One of a stream: a chunk as JSON, and at the end [DONE]. Before OpenAPI 3.2 a stream's schema is that of its events."""
 MODEL = _object({"id": TEXT, "object": {"const": "model"}, "created": COUNT, "max_model_len": COUNT})
 MODELS = _object({"object": {"const": "list"}, "data": {"type": "array", "items": MODEL}})
 TOKENS = _object(
