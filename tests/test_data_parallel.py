@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qvl.core.log import read_jsonl
-from qvl.parallel.deal import deal
+from qvl.data.deal import deal
 from qvl.train.checkpoint import newest
 from qvl.train.optimizer import shared_out
 

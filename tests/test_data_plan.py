@@ -253,16 +253,16 @@ def test_a_state_of_another_seed_is_refused() -> None:
 @settings(max_examples=30)
 def test_ranks_share_the_same_global_batch_equally(ranks: int, seed: int) -> None:
     packs = plan(mix(400, seed), tokens=8192, step=12, seed=seed).next_step()
-    hands = deal(packs, COST, ranks)
+    hands = deal([COST.of(pack) for pack in packs], ranks, equally=True)
     assert sorted(i for hand in hands for i in hand) == list(range(12))
     assert {len(hand) for hand in hands} == {12 // ranks}
 
 
 def test_costly_packs_are_spread() -> None:
     packs = [(item(i, tokens),) for i, tokens in enumerate([8000, 100, 7000, 200])]
-    assert deal(packs, COST, 2) == [[0, 1], [2, 3]]
+    assert deal([COST.of(pack) for pack in packs], 2, equally=True) == [[0, 1], [2, 3]]
 
 
 def test_packs_that_cannot_be_dealt_evenly_are_refused() -> None:
     with pytest.raises(ValueError, match="5 packs a step cannot be dealt to 2 ranks"):
-        deal([(item(i, 1),) for i in range(5)], COST, 2)
+        deal([1.0] * 5, 2, equally=True)

@@ -1,10 +1,12 @@
-"""Time OpenVINO GenAI on the text half of a Hugging Face folder's shape: decoding and prefill, one line of JSON each.
+"""Time OpenVINO on a Hugging Face folder's shape, one line of JSON each: decoding and prefill of its text half by OpenVINO GenAI, and a
+picture through transformers' vision tower, converted for exactly its grid.
 
     python bench/peers/openvino_bench.py FOLDER TOKENIZER OUT --threads 2 >> times.jsonl
 
 Runs in an environment of its own (README.md). FOLDER gives the shape; TOKENIZER is any folder with a tokenizer, which the pipeline wants
-and never uses; OUT keeps the converted model. The prefix cache is off and no two prompts are alike: with it on, a prompt read before costs
-nothing. Each answer's length is checked, because a request that is refused takes no time either.
+and never uses; OUT keeps the converted models. An exported folder scales pictures down to 256 tokens, so the tower runs by OpenVINO
+alone, which leaves preparation out. The prefix cache is off and no two prompts are alike: with it on, a prompt read before costs nothing.
+Each answer's length is checked, because a request that is refused takes no time either.
 """
 
 # pyright: basic, reportMissingImports=false, reportArgumentType=false
@@ -40,6 +42,52 @@ def convert(folder: Path, tokenizer: Path, out: Path) -> None:
     parts = convert_tokenizer(transformers.AutoTokenizer.from_pretrained(tokenizer), with_detokenizer=True)
     for part, name in zip(parts, ("openvino_tokenizer.xml", "openvino_detokenizer.xml"), strict=True):
         ov.save_model(part, out / name)
+
+
+GRID = ((1, 64, 64),)
+"""1024 x 1024 pixels."""
+
+
+class Tower:
+    """The vision tower and its mergers for one picture of GRID."""
+
+    def __init__(self, folder: Path, out: Path, threads: int) -> None:
+        if not (out / "tower.xml").exists():
+            self._convert(folder, out)
+        hints = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "bf16", "PERFORMANCE_HINT": "LATENCY"}
+        self.inner = ov.Core().compile_model(out / "tower.xml", "CPU", hints)
+        shape = self.inner.input(0).get_partial_shape().to_shape()
+        self.patches = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+
+    def _convert(self, folder: Path, out: Path) -> None:
+        import torch
+        from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
+        from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+
+        class Merged(torch.nn.Module):
+            def __init__(self, tower: torch.nn.Module) -> None:
+                super().__init__()
+                self.tower = tower
+
+            def forward(self, patches):
+                merged, levels = self.tower(patches, torch.tensor(GRID))
+                return (merged, *levels)
+
+        facts = json.loads((folder / "config.json").read_text())["vision_config"]
+        config = Qwen3VLVisionConfig(**facts)
+        config._attn_implementation = "sdpa"
+        width = config.in_channels * config.temporal_patch_size * config.patch_size**2
+        with torch.no_grad():
+            tower = Merged(Qwen3VLVisionModel(config).eval())
+            example = torch.randn(GRID[0][0] * GRID[0][1] * GRID[0][2], width)
+            model = ov.convert_model(tower, example_input=example, input=[ov.PartialShape(list(example.shape))])
+        ov.save_model(model, out / "tower.xml", compress_to_fp16=False)
+
+    def encode(self) -> float:
+        start = time.perf_counter()
+        out = self.inner(self.patches)
+        assert out[0].shape[0] == GRID[0][1] * GRID[0][2] // 4, f"{out[0].shape} came"
+        return time.perf_counter() - start
 
 
 class Pipeline:
@@ -92,11 +140,19 @@ def main() -> None:
     args = parser.parse_args()
     if not (args.out / "openvino_model.xml").exists():
         convert(args.folder, args.tokenizer, args.out)
+    tower = Tower(args.folder, args.out, args.threads)
     pipeline = Pipeline(args.out, args.threads, 4096)
-    peer = f"OpenVINO GenAI {genai.__version__.split('-')[0]}, continuous batching, its own choice of precision"
-    works = {f"decode step, batch {batch}": lambda batch=batch: pipeline.decode(batch) for batch in (1, 8, 16)}
-    works |= {f"prefill {tokens} tokens": lambda tokens=tokens: pipeline.prefill(tokens) for tokens in (512, 4096)}
-    for metric, work in works.items():
+    genai_peer = f"OpenVINO GenAI {genai.__version__.split('-')[0]}, continuous batching, its own choice of precision"
+    tower_peer = f"OpenVINO {ov.__version__.split('-')[0]}, transformers' tower for this grid, bf16"
+    works = {("encode 1024x1024 image", tower_peer): tower.encode}
+    works |= {
+        (f"decode step, batch {batch}", genai_peer): lambda batch=batch: pipeline.decode(batch) for batch in (1, 8, 16)
+    }
+    works |= {
+        (f"prefill {tokens} tokens", genai_peer): lambda tokens=tokens: pipeline.prefill(tokens)
+        for tokens in (512, 4096)
+    }
+    for (metric, peer), work in works.items():
         work()
         seconds = statistics.median(work() for _ in range(ROUNDS))
         print(json.dumps({"metric": metric, "seconds": seconds, "peer": peer, "threads": args.threads}), flush=True)

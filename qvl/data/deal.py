@@ -1,4 +1,4 @@
-"""Dealing: the packs of a step to the ranks, so that all have about as much to compute."""
+"""Dealing: pieces of work of known cost to ranks, so that all have about as much to do; and what a pack costs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,20 +27,19 @@ class Cost:
         )
 
 
-def deal(packs: Sequence[Pack], cost: Cost, world_size: int) -> list[list[int]]:
-    """The packs of a step for each rank, equally many: the costliest first, each to the rank that has least to do.
+def deal(costs: Sequence[float], ranks: int, *, equally: bool = False) -> list[list[int]]:
+    """The pieces (by number) of each rank: the costliest first, each to the rank that has least to do; `equally`: as many to each.
 
-    Each rank's come in falling cost, so that ranks meet packs of like cost at the same time. The global batch is the same set whatever
-    the number of ranks.
+    A rank's pieces come in falling cost, so that ranks meet pieces of like cost at the same time. Of equal costs the first goes first, of
+    equal ranks the first is chosen: every rank finds the same, and all hands together are the same set whatever the number of ranks.
     """
-    share, rest = divmod(len(packs), world_size)
-    if rest:
-        raise ValueError(f"{len(packs)} packs a step cannot be dealt to {world_size} ranks; make it a multiple.")
-    hands: list[list[int]] = [[] for _ in range(world_size)]
-    loads = [0.0] * world_size
-    costs = [cost.of(pack) for pack in packs]
-    for i in sorted(range(len(packs)), key=lambda i: (-costs[i], i)):
-        rank = min((r for r in range(world_size) if len(hands[r]) < share), key=lambda r: (loads[r], r))
+    if equally and len(costs) % ranks:
+        raise ValueError(f"{len(costs)} packs a step cannot be dealt to {ranks} ranks; make it a multiple.")
+    most = len(costs) // ranks if equally else len(costs)
+    hands: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [0.0] * ranks
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        rank = min((r for r in range(ranks) if len(hands[r]) < most), key=lambda r: (loads[r], r))
         hands[rank].append(i)
         loads[rank] += costs[i]
     return hands

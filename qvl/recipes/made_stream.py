@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from qvl.core.batch import Batch, Sample
+from qvl.data.deal import deal
 from qvl.model.config import ModelConfig
 from qvl.model.pack import pack
 from qvl.parallel.data_parallel import World
-from qvl.parallel.deal import deal
 from qvl.prompt.processor import Processor
 from qvl.train.objective import Micro
 from qvl.worlds import world as worlds

@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from qvl.data.deal import deal
 from qvl.parallel.data_parallel import World, from_owners
-from qvl.parallel.deal import deal
 from qvl.train.parameters import Rates, groups
 
 
