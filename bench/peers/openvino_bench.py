@@ -9,7 +9,7 @@ alone, which leaves preparation out. The prefix cache is off and no two prompts 
 Each answer's length is checked, because a request that is refused takes no time either.
 """
 
-# pyright: basic, reportMissingImports=false, reportArgumentType=false
+# pyright: basic, reportMissingImports=false, reportArgumentType=false, reportOperatorIssue=false
 import argparse
 import json
 import statistics
