@@ -1,5 +1,6 @@
 """What fits is said before anybody can ask, and what does not fit is refused in a sentence that says what would."""
 
+import io
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +12,13 @@ import pytest
 import torch
 from openai import OpenAI
 
+from media_files import numbered_frame, write_video
 from qvl.commands import serve
 from qvl.commands.serve import GIB, Serve, cache_gib
 from qvl.core import log
+from qvl.prompt import video as prompt_video
 from qvl.serve.run import Server
-from serve_doubles import address, noise, running
+from serve_doubles import address, data_uri, noise, running
 
 BYTES_PER_TOKEN = 4 * 2 * 2 * 16 * 4
 """Layers, keys and values, kv heads, head width, fp32."""
@@ -116,6 +119,20 @@ def test_media_that_cannot_fit_are_refused_while_they_come(small: Server) -> Non
     assert code == "media"
     assert message == (
         "messages[0].content[15]: with this one the media have more than the 961 tokens that fit; send fewer or smaller ones."
+    )
+
+
+def test_a_film_that_cannot_fit_is_refused_after_its_first_frame(
+    small: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffer, placed = io.BytesIO(), []
+    write_video(buffer, [numbered_frame(i, 256, 256) for i in range(64)], fps="10", format="mp4")
+    film = data_uri(buffer.getvalue(), "video/mp4")
+    monkeypatch.setattr(prompt_video, "_place", lambda *_: placed.append(1))
+    message, code = refused(small, [{"type": "video_url", "video_url": {"url": film}, "fps": 10, "max_tokens": 4096}])
+    assert code == "media" and not placed
+    assert message == (
+        "messages[0].content[0]: the video would be 2,048 tokens and 961 fit; ask for fewer max_tokens, a lower fps or a part of it."
     )
 
 

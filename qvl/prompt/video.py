@@ -1,6 +1,7 @@
 """A video, from a file or from frames, to patches with times. Frames are resized as they come; only their patches are kept."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from itertools import chain, pairwise
 from typing import Any, Literal
@@ -13,14 +14,20 @@ from torch import Tensor
 from qvl.outside.workers import Decoder, InProcess
 from qvl.prompt.image import Source, load_image, opened, raster_from
 from qvl.prompt.sampling import VideoMeta, VideoSampling, sample_indices, video_size
-from qvl.prompt.visual import FRAMES, PATCH, Visual, check_raster, fold_bytes, resize_raster
+from qvl.prompt.visual import FRAMES, MERGE, PATCH, Visual, check_raster, fold_bytes, resize_raster
 
 
-def load_video(source: Source, sampling: VideoSampling | None = None, decoder: Decoder | None = None) -> Visual:
+def load_video(
+    source: Source,
+    sampling: VideoSampling | None = None,
+    decoder: Decoder | None = None,
+    *,
+    most_tokens: int | None = None,
+) -> Visual:
     """A video file, GIF or animated WebP. Only the sampled frames become pictures; memory does not grow with the video's length.
 
     Frame count and times come from the file's packets, never from an assumed rate. One frame alone is shown twice. The decoder is as
-    in load_image.
+    in load_image. ValueError, after its first frame, for one of more than `most_tokens` visual tokens.
     """
     sampling, decoder = sampling or VideoSampling(), decoder or InProcess()
     with opened(source, decoder) as stream:
@@ -39,8 +46,9 @@ def load_video(source: Source, sampling: VideoSampling | None = None, decoder: D
             # Frames before the first key frame cannot be reached by a jump: they ask for the first key frame and wait.
             keys = starts[np.maximum(np.searchsorted(starts, wanted, side="right") - 1, 0)].tolist()
         inexact: list[int] = []
-        frames = _decoded(decoder.run("video_frames", stream, wanted=wanted, keys=keys), inexact)
-        visual = video_patches(frames, meta, sampling, indices=indices)
+        # Closed at once where it is broken off: a worker that still decodes is nobody's.
+        with closing(_decoded(decoder.run("video_frames", stream, wanted=wanted, keys=keys), inexact)) as frames:
+            visual = video_patches(frames, meta, sampling, indices=indices, most_tokens=most_tokens)
     notes = list(facts["notes"])
     if inexact:
         notes.append(f"{len(inexact)} of {len(indices)} frames cannot be decoded; the nearest ones stand in")
@@ -59,6 +67,7 @@ def video_patches(
     sampling: VideoSampling | None = None,
     *,
     indices: Sequence[int] | None = None,
+    most_tokens: int | None = None,
 ) -> Visual:
     """Frames as uint8 rasters to patches, equal to the bit to transformers' video processor on the same frames.
 
@@ -85,6 +94,10 @@ def video_patches(
     height, width = video_size(len(indices), source_height, source_width, sampling)
     rows, columns = height // PATCH, width // PATCH
     slices = -(-len(indices) // FRAMES)
+    if most_tokens is not None and (tokens := slices * rows * columns // MERGE**2) > most_tokens:
+        raise ValueError(
+            f"the video would be {tokens:,} tokens and {most_tokens:,} fit; ask for fewer max_tokens, a lower fps or a part of it."
+        )
     patch_PX = torch.empty(slices * rows * columns, 3 * FRAMES * PATCH * PATCH, dtype=torch.uint8)
     pairs = patch_PX.view(slices, rows * columns * 3, FRAMES, PATCH * PATCH)
     count = 0
@@ -160,7 +173,7 @@ def _place(raster: Tensor, pairs: Tensor, number: int) -> None:
     pairs[number // FRAMES, :, number % FRAMES] = fold_bytes(raster)
 
 
-def _decoded(messages: Iterable[tuple[dict[str, Any], Any]], inexact: list[int]) -> Iterable[Tensor]:
+def _decoded(messages: Iterable[tuple[dict[str, Any], Any]], inexact: list[int]) -> Generator[Tensor]:
     for header, buffer in messages:
         if "height" in header:
             if not header["exact"]:

@@ -137,7 +137,7 @@ class Kitchen:
         for where, part in _media_of(messages):
             loaded[id(part)] = []
             try:
-                for medium in self._loaded(part):
+                for medium in self._loaded(part, left):
                     left -= medium.visual.num_tokens
                     if left < 0:
                         raise ValueError(
@@ -152,7 +152,7 @@ class Kitchen:
         media = [medium for found in loaded.values() for medium in found]
         return [_with_media(message, loaded) for message in messages], media, time.monotonic() - start
 
-    def _loaded(self, part: Image | Video | Document) -> Iterator[Medium]:
+    def _loaded(self, part: Image | Video | Document, most_tokens: int) -> Iterator[Medium]:
         images, videos = self.processor.image_budget, self.processor.video_sampling
         assert images is not None and videos is not None
         with ExitStack() as files:
@@ -175,7 +175,7 @@ class Kitchen:
                 yield Medium(kind="video", visual=visual, budget=sampling)
             else:
                 sampling = video_sampling_for(videos, part)
-                visual = load_video(opened(part.source), sampling, self.pool)
+                visual = load_video(opened(part.source), sampling, self.pool, most_tokens=most_tokens)
                 yield Medium(kind="video", visual=visual, budget=sampling)
 
     def _open(self, source: str) -> BinaryIO:
