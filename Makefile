@@ -1,4 +1,4 @@
-# What a person types. Every target does its own set-up on a fresh clone; it needs python >= 3.11, pip, gcc and make.
+# What a person types. Every target does its own set-up on a fresh clone; it needs python >= 3.11, pip, g++ and make.
 .DEFAULT_GOAL := help
 SHELL := bash
 
@@ -19,7 +19,7 @@ setup: $(STAMP)  ## make .venv with the versions of constraints.txt
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "qvl needs Python 3.11 or newer; none of python3.11, python3.12, python3 is. Install one or run: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-# torch first and by its exact version: left open, pip may choose a build with gigabytes of libraries for another device.
+# torch first and by its exact version, so that nothing else chooses one. Which build comes (CPU, CUDA) is up to the index that pip asks.
 	$(BIN)/python -m pip install -q "$$(grep '^torch==' constraints.txt)" -c constraints.txt
 	$(BIN)/python -m pip install -q -e '.[test]' -c constraints.txt
 	@touch $(STAMP)
@@ -67,8 +67,9 @@ quickstart: $(STAMP) $(WHEEL)  ## the whole story at toy size on a CPU; fails if
 story: $(STAMP) $(WHEEL)  ## the same story with more steps: about two hours on two cores
 	$(STORY) --long --out runs/story
 
-bench: $(STAMP)  ## measure, and append rows to bench/results.jsonl
+bench: $(STAMP) .oracle/torchvision  ## measure, append rows to bench/results.jsonl and fill the tables
 	$(BIN)/python -m bench --keep
+	$(BIN)/python -m dev.blocks
 
 clean:  ## remove what was made here, .venv included
 	rm -rf .venv .oracle .cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist *.egg-info

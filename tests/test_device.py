@@ -150,10 +150,10 @@ def test_float16_on_a_cpu_is_bfloat16_and_says_so_once(said: pytest.LogCaptureFi
 
 def test_torchrun_says_where_a_process_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
-    assert device.place() == device.Place(rank=0, world_size=1, local_rank=0, local_world_size=1)
+    assert device.place() == device.Place(rank=0, world_size=1, local_rank=0)
     for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
-    assert device.place() == device.Place(rank=5, world_size=8, local_rank=1, local_world_size=4)
+    assert device.place() == device.Place(rank=5, world_size=8, local_rank=1)
 
 
 def test_a_child_sees_only_the_variables_named_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

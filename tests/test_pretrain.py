@@ -1,8 +1,10 @@
 """The stages are the report's Table 1; their costs are arithmetic that can be checked by hand."""
 
 import json
+from pathlib import Path
 
 import pytest
+import yaml
 
 from qvl.commands import cli
 from qvl.model.config import preset
@@ -65,6 +67,18 @@ def test_twice_the_devices_take_half_the_days_and_hold_half_the_weights() -> Non
     one, two = (cost(s1(), "2B", devices=n, peak=1e15, mfu=0.5) for n in (8, 16))
     assert one.days == pytest.approx(2 * two.days)
     assert one.memory_bytes["weights"] == pytest.approx(2 * two.memory_bytes["weights"], abs=2)
+
+
+def test_a_stage_becomes_settings_of_qvl_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--stage", "s0", "--yaml"]) == 0
+    (tmp_path / "s0.yaml").write_text(capsys.readouterr().out)
+    given = ["train", "--config", str(tmp_path / "s0.yaml"), "--model", "M", "--data", "d.yaml", "--out", "o"]
+    assert cli.main([*given, "--steps", "7", "--print-config"]) == 0
+    settings = yaml.safe_load(capsys.readouterr().out)
+    assert settings["rates"] == {"vision": 0, "mergers": 1, "language": 0} and settings["lr"] == 1e-3
+    assert settings["pack_tokens"] * settings["packs_per_step"] == 4 * 2**20 and settings["steps"] == 7, "flags win"
+    assert cli.main(["plan", "--stage", "v0", "--yaml"]) == 2 and "take s0" in capsys.readouterr().err
+    assert cli.main(["plan", "--yaml"]) == 2 and "--stage" in capsys.readouterr().err
 
 
 def test_the_command_prints_json_for_programs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -78,6 +78,24 @@ def test_the_readmes_commands_train_export_and_answer(here: Path, capsys: pytest
         assert torch.equal(trained[f"model.language_model.{name}"], parameter)
 
 
+def test_s0_by_the_settings_that_qvl_plan_prints_changes_the_mergers_alone(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data_import, data_index, train, _ = readme_commands()
+    assert cli.main(data_import) == 0
+    assert cli.main(data_index) == 0
+    capsys.readouterr()
+    assert cli.main(["plan", "--stage", "s0", "--yaml"]) == 0
+    (here / "s0.yaml").write_text(capsys.readouterr().out)
+    few = "--steps 2 --pack-tokens 512 --pack-patches 512 --packs-per-step 1 --warmup-steps 1 --dtype float32 --held-out 0"
+    assert cli.main([*train, "--config", "s0.yaml", *few.split()]) == 0
+    before, after = load(here / "DIR", dtype=torch.bfloat16), load(here / "run" / "export", dtype=torch.bfloat16)
+    changed = {
+        n for (n, a), b in zip(before.named_parameters(), after.parameters(), strict=True) if not torch.equal(a, b)
+    }
+    assert changed and all("merger" in name for name in changed)
+
+
 def test_lora_leaves_the_base_alone_and_writes_an_adapter_peft_can_read(here: Path) -> None:
     data_import, data_index, train, _ = readme_commands()
     assert cli.main(data_import) == 0

@@ -10,26 +10,24 @@ import dataclasses
 import importlib
 import inspect
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
-import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 import qvl
 from qvl.core import config, log
+from qvl.data.yaml_file import read_yaml, yaml_text
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "use": ("generate", "chat", "serve"),
     "learn": ("train", "ablate", "plan"),
-    "data": tuple(f"data_{name}" for name in ("import", "index", "preview", "stats", "verify", "build", "filter")),
-    "measure": ("eval", "bench"),
+    "data": tuple(f"data_{name}" for name in ("import", "index", "preview", "stats", "verify")),
     "inside": ("init", "convert", "inspect", "parity", "logits", "doctor"),
 }
 FAMILIES = ("data",)
@@ -145,52 +143,13 @@ def _read(name: str, about: str, cls: type[C], argv: list[str], parse: Callable[
 
 def load_yaml(cls: type[C], path: Path, *, missing: Any = config.REQUIRED) -> C:
     """A config from a YAML file; `missing` as in config.from_dict."""
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    data = read_yaml(path)
     return config.from_dict(cls, {} if data is None else data, where=str(path), missing=missing)
 
 
 def dump_yaml(args: Any) -> str:
     """A config as YAML that `load_yaml` reads back to an equal one."""
-    return yaml.dump(config.to_dict(args), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars. PyYAML's own (1.1) read 1e-4 as text, 1:30 as 90, 010 as 8, `no` as false and a date as a date."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if twice := [k for i, k in enumerate(keys) if k in keys[:i]]:
-            raise yaml.YAMLError(f"key {twice[0]!r} stands twice, line {node.start_mark.line + 1} and on")
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes text in quotes where `_Loader` would read something else."""
-
-    def represent_str(self, data: str) -> yaml.ScalarNode:
-        # Unicode's own line ends would be read back as spaces; only double quotes escape them.
-        style = '"' if any(c in data for c in "\x85\u2028\u2029") else None
-        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
-
-
-_Dumper.add_representer(str, _Dumper.represent_str)
-_SCALARS = {
-    "tag:yaml.org,2002:bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    "tag:yaml.org,2002:null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    "tag:yaml.org,2002:int": (r"[-+]?(0|[1-9][0-9_]*)|0x[0-9a-fA-F]+", "-+0123456789"),
-    "tag:yaml.org,2002:float": (
-        r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        "-+0123456789.",
-    ),
-    "tag:yaml.org,2002:merge": (r"<<", "<"),
-}
-for _class in (_Loader, _Dumper):
-    _class.yaml_implicit_resolvers = {}
-    for _tag, (_pattern, _first) in _SCALARS.items():
-        _class.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), list(_first))
+    return yaml_text(config.to_dict(args))
 
 
 def _print_help(family: str | None = None) -> None:

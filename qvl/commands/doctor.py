@@ -17,6 +17,7 @@ from qvl.model.attention import describe
 EXTRAS = {
     "hub": ("huggingface_hub", "fetch models by name"),
     "serve": ("fastapi", "answer over HTTP (qvl serve)"),
+    "parquet": ("pyarrow", "import tables and Hugging Face data sets"),
 }
 
 
@@ -85,7 +86,7 @@ def missing(seen: Facts) -> dict[str, str]:
         if importlib.util.find_spec(package) is None
     }
     if seen.compiler is None:
-        lacks["C++ compiler"] = "torch.compile on the CPU: install g++ or clang"
+        lacks["C++ compiler"] = "fast decoding and torch.compile on the CPU: install g++ or clang"
     if not seen.gpus and torch.version.cuda is None and torch.version.hip is None:
         lacks["GPU build of torch"] = (
             "this torch is a CPU build; with a GPU in the machine, install torch's build for it"

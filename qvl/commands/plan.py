@@ -7,7 +7,8 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from qvl.recipes.pretrain import STAGES, cost
+from qvl.data.yaml_file import yaml_text
+from qvl.recipes.pretrain import STAGES, cost, train_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +24,16 @@ class Plan:
     """Part of the peak that is reached; 0.4 is a good run, measure your own."""
     json: bool = False
     """Print one JSON object for each stage."""
+    yaml: bool = False
+    """Print the settings of `qvl train` that make it this stage, for its --config."""
 
 
 def run(args: Plan) -> None:
+    if args.yaml:
+        if args.stage == "all":
+            raise ValueError("--yaml prints one stage; say which with --stage s0, s1, s2 or s3.")
+        print(yaml_text(train_settings(STAGES[args.stage]())), end="")
+        return
     console = Console()
     for name in STAGES if args.stage == "all" else (args.stage,):
         stage = STAGES[name]()

@@ -33,10 +33,14 @@ class Stopper:
 
     def __init__(self) -> None:
         self.is_asked = False
+        self.is_training = False
+        """Before the first step there is nothing to save, and the first signal stops at once."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
+        if not self.is_training:
+            raise KeyboardInterrupt
         self.is_asked = True
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         Console(stderr=True).print("stopping after this step; once more to stop at once, without saving")
@@ -55,6 +59,7 @@ def run(args: Train) -> int:
         task = progress.add_task("training", total=args.steps, now="", visible=False)
 
         def show(report: StepReport) -> None:
+            stopper.is_training = True
             now = f"loss {report.values['loss']:.3f}  {report.values['tokens_per_second']:,.0f} tokens/s"
             progress.update(task, completed=report.step, now=report.skipped or now, visible=True)
 

@@ -59,7 +59,6 @@ class Place:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    local_world_size: int = 1
 
 
 def facts() -> Facts:
@@ -124,24 +123,14 @@ def pick_dtype(device: torch.device | str, name: str = "auto") -> torch.dtype:
     return dtype
 
 
-def set_threads(count: int | None = None) -> int:
-    """Lets torch compute with `count` threads, None for one a usable core. Returns the number."""
-    count = num_cores() if count is None else count
-    if count < 1:
-        raise ValueError(f"threads is {count}; expected at least 1")
-    torch.set_num_threads(count)
-    return count
-
-
 def place() -> Place:
-    """Where torchrun put this process (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE)."""
+    """Where torchrun put this process (RANK, WORLD_SIZE, LOCAL_RANK)."""
     if "RANK" not in os.environ:
         return Place()
     return Place(
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
         local_rank=int(os.environ["LOCAL_RANK"]),
-        local_world_size=int(os.environ["LOCAL_WORLD_SIZE"]),
     )
 
 

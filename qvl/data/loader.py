@@ -125,14 +125,8 @@ class Loader:
             and sum(len(w) for w, _, _ in self._ahead) < self.prefetch_packs
         ):
             packs = self.plan.next_step()
-            mine = (
-                [
-                    packs[i]
-                    for i in deal([self.cost.of(pack) for pack in packs], self.world_size, equally=True)[self.rank]
-                ]
-                if packs
-                else []
-            )
+            costs = [self.cost.of(pack) for pack in packs]
+            mine = [packs[i] for i in deal(costs, self.world_size, equally=True)[self.rank]]
             self._steps_planned += bool(packs)
             work = mine if self._pool is None else [self._pool.submit(self._make, one) for one in mine]
             self._ahead.append((work, self._plan_state(self._steps_planned), self._plan_counts()))

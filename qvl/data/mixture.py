@@ -5,10 +5,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from qvl.core.config import from_dict
 from qvl.data.store import is_remote
+from qvl.data.yaml_file import read_yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +43,7 @@ class StageConfig:
 @dataclass(frozen=True, kw_only=True)
 class Replay:
     path: str
-    """An earlier stage's mixture file."""
+    """A mixture file, of an earlier stage for instance; in `qvl train` also texts, chats or shards."""
     share: float
     """Share of all tokens that comes from it."""
 
@@ -133,11 +132,9 @@ def read_mixture(path: Path | str) -> Mixture:
             "sources: [{path: shards}]."
         )
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = read_yaml(path)
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; a mixture file lists sources with path and weight.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, Mapping):
         raise ValueError(f"{path} holds a {type(data).__name__}; expected the key sources with a list.")
     return mixture_from_dict({"folder": str(path.parent), **data}, where=str(path))

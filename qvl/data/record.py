@@ -77,10 +77,6 @@ class Record:
         for message in self.messages:
             yield from content_blocks(message)
 
-    def media_names(self) -> list[str]:
-        """Names of the media in the order in which the messages show them; a name shown twice comes twice."""
-        return [name for block in self.blocks() if block["type"] in MEDIA_BLOCKS for name in names_of(block)]
-
 
 def content_blocks(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The typed blocks of a message; a plain string is one text block."""

@@ -1,7 +1,9 @@
 """A C++ file to a shared library, by the machine's own compiler, once for each text of it and each kind of CPU."""
 
+import atexit
 import hashlib
 import os
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -44,7 +46,9 @@ def _own_folder() -> Path:
             return folder
     except (OSError, RuntimeError):
         pass  # no home, or one that cannot be written to: compiled for this process alone
-    return Path(tempfile.mkdtemp(prefix="qvl-"))
+    folder = Path(tempfile.mkdtemp(prefix="qvl-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _compile(command: list[str]) -> None:

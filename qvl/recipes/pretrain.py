@@ -1,7 +1,8 @@
 """The pretraining stages at every published size: what is trained, on how much of what, and what that costs."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
@@ -57,7 +58,36 @@ class Stage:
         return self.tokens // self.mean_length if self.caption_tokens else 0
 
 
+def train_settings(stage: Stage) -> dict[str, Any]:
+    """What of `qvl train` makes it this stage; model, data and out are the user's. V0 has another objective and is refused.
+
+    The stages' mixtures hold their own text, so nothing is rehearsed and no loss of text stops the run; it is still judged.
+    """
+    if stage.caption_tokens:
+        raise ValueError(
+            "V0 learns from pictures and captions by qvl.train.contrastive, which qvl train does not run; "
+            "take s0, s1, s2 or s3."
+        )
+    is_long = stage.pack_tokens > 8192
+    return {
+        "steps": stage.steps,
+        "pack_tokens": stage.pack_tokens,
+        "pack_patches": 4 * stage.pack_tokens,
+        "packs_per_step": stage.packs_per_step,
+        "lr": stage.lr,
+        "rates": asdict(stage.rates),
+        "warmup_steps": WARMUP,
+        "replay": "none",
+        "held_out": 0.0005,
+        "max_text_loss": 0,
+        "checkpoint_vision": is_long,
+        "checkpoint_decoder": is_long,
+    }
+
+
 BATCH = 4 * 2**20
+WARMUP = 1000
+"""Ours, in steps."""
 PAIRS_PER_STEP = 32 * 2**10
 
 

@@ -117,7 +117,7 @@ def _mixture_file(path: str, folder: Path, processor: Processor, world: World) -
     """A mixture file for what may be one already, shards with their indexes, rows to import, or plain text."""
     if Path(path).suffix in (".yaml", ".yml"):
         return str(Path(path).resolve())
-    folder = folder / f"file-{key_of(str(Path(path).resolve())):016x}"
+    folder = folder / f"file-{key_of(str(Path(path).resolve()), *_stamps(Path(path))):016x}"
     made = folder / "mixture.yaml"
     if world.rank == 0 and not made.exists():
         shutil.rmtree(folder, ignore_errors=True)
@@ -129,6 +129,12 @@ def _mixture_file(path: str, folder: Path, processor: Processor, world: World) -
             _write_mixture(folder, str(folder.resolve()))
     world.barrier()
     return str(made.resolve())
+
+
+def _stamps(path: Path) -> list[int]:
+    """Size and time of what a path names, so that a file that was changed is imported anew."""
+    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path] if path.exists() else []
+    return [number for f in files for number in (f.stat().st_size, f.stat().st_mtime_ns)]
 
 
 def _is_shards(path: str) -> bool:

@@ -1,6 +1,6 @@
 """Continual pretraining and supervised fine-tuning of a checkpoint on one's own data, in full or by LoRA."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -45,7 +45,8 @@ class Tune:
     """Folder for checkpoints, log.jsonl, report.json and the export. A run that was stopped goes on from here."""
     steps: int = 1000
     pack_tokens: int = 8192
-    """Text and visual tokens of one pack; longer samples are cut at a border and counted."""
+    """Text and visual tokens of one pack. What is longer is made to fit: long texts become pieces, videos get fewer frames and pictures
+    fewer tokens, and only then is text cut; the run says at its end how often."""
     pack_patches: int = 32768
     """Patches of one pack, four to a visual token: bounds the vision tower's memory."""
     packs_per_step: int = 8
@@ -198,6 +199,8 @@ def tune(
                 should_stop=should_stop,
                 settings=settings_of(run, folder),
             )
+            if world.rank == 0 and (fitted := fitted_sentence(loader.stats["read"])):
+                log.info("%s", fitted)
         except TextLostError as error:
             return _end_lost(run, str(error), guard, folder, world, lora)
     if reached < run.steps:
@@ -254,6 +257,8 @@ def settings_of(run: Tune, folder: Path) -> dict[str, object]:
         "replay": run.replay,
         "replay_share": run.replay_share,
         "held_out": run.held_out,
+        # Runs from before there was a choice have no such key.
+        **({} if run.loss_kernel == "ours" else {"loss_kernel": run.loss_kernel}),
     }
 
 
@@ -266,6 +271,13 @@ def plan_sentence(run: Tune, data_tokens: int, replayed: float) -> str:
         f"{data_tokens:,} tokens"
         + ("; fewer --steps, or smaller --pack-tokens and --packs-per-step, may be meant" if passes > 20 else "")
     )
+
+
+def fitted_sentence(read: Mapping[str, int]) -> str:
+    """What was done to samples longer than a pack; nothing where all fitted."""
+    names = {"pieces": "pieces of long texts", "rebudgeted": "with fewer frames or smaller pictures", "cut": "cut"}
+    told = [f"{read[name]:,} {words}" for name, words in names.items() if read[name]]
+    return f"of {read['samples']:,} samples read here, to fit --pack-tokens: {', '.join(told)}" if told else ""
 
 
 def _end_lost(run: Tune, sentence: str, guard: TextGuard, folder: Path, world: World, lora: LoraConfig | None) -> Tuned:

@@ -4,12 +4,13 @@ import asyncio
 import base64
 import hashlib
 import json
+import logging
 import re
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, TypeVar
@@ -30,6 +31,8 @@ from qvl.serve.protocol import ChatRequest, TokenizeRequest
 from qvl.serve.reply import Reply
 from qvl.serve.schema import COMPLETION, EVENT, MODEL, MODELS, REFUSALS, TOKENS, replies
 from qvl.serve.validation import read_validation
+
+log = logging.getLogger("qvl.serve")
 
 T = TypeVar("T")
 App = FastAPI
@@ -223,8 +226,12 @@ async def until_gone(request: Request, work: Awaitable[T]) -> T:
         for other in (task, watcher):
             if not other.done():
                 other.cancel()
-                with suppress(asyncio.CancelledError, Exception):
+                try:
                     await other
+                except (asyncio.CancelledError, Refusal):
+                    pass
+                except Exception:
+                    log.exception("a request nobody waits for failed")
 
 
 async def _disconnect(request: Request) -> None:

@@ -103,6 +103,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 dhidden_RD[part] = logits @ head_VD
             if needs_head:
                 dhead_VD = _add_product(dhead_VD, logits.T, hidden_RD[part], wide)
+            del logits  # or the next chunk is made while this one is held
         if needs_head and dhead_VD is None:  # no rows
             dhead_VD = torch.zeros_like(head_VD)
         ctx.save_for_backward(dhidden_RD, None if dhead_VD is None else dhead_VD.to(head_VD.dtype))
