@@ -11,7 +11,7 @@ from data_files import clip, picture
 from media_files import encoded, gradient
 from qvl.data.ingest import ImportReport, import_data
 from qvl.data.record import Record
-from qvl.data.shard import extents, read_entry
+from qvl.data.shard import INDEX_SUFFIX, extents, read_entry
 
 
 def lines(path: Path, *rows: Any) -> Path:
@@ -245,6 +245,76 @@ def test_bad_lines_are_listed_with_their_reason_and_the_rest_is_written(folder) 
     assert [line for line, _ in found] == [line for line, _ in expected]
     for (_, reason), (_, start) in zip(found, expected, strict=True):
         assert reason.startswith(start)
+
+
+def test_typed_blocks_beside_the_rows_own_images_keep_their_words(folder) -> None:
+    """The form of TRL and of most vision sets on the hub."""
+    talk = [
+        {"role": "user", "content": [{"type": "text", "text": "What is it?"}, {"type": "image", "text": None}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "A gradient."}]},
+    ]
+    [record] = imported(
+        import_data(lines(folder / "d.jsonl", {"messages": talk, "images": ["img/a.png"]}), folder / "out")
+    )
+    assert content(record) == [
+        [{"type": "text", "text": "What is it?"}, {"type": "image", "image": "0.png"}],
+        [{"type": "text", "text": "A gradient."}],
+    ]
+
+
+def test_what_would_be_lost_is_refused(folder) -> None:
+    answer = {"role": "assistant", "content": "a"}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
+    named = [{"type": "image", "image": "img/a.png"}, {"type": "text", "text": "q"}]
+    rows = [
+        {"messages": [{"role": "user", "content": "<image>q"}, call], "images": ["img/a.png"]},
+        {"messages": [{"role": "user", "content": named}, answer], "images": ["img/a.png"]},
+        {"text": "a cat", "image": "img/a.png"},
+    ]
+    report = import_data(lines(folder / "d.jsonl", *rows), folder / "out")
+    assert report.written == 0
+    starts = ("a message has 'tool_calls' in a row with images", "a message holds a block", "a row of text has 'image'")
+    for (_, reason), start in zip(rejects(report), starts, strict=True):
+        assert reason.startswith(start)
+
+
+def test_odd_rows_are_listed_and_end_nothing(folder) -> None:
+    good = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    odd: list[Any] = [
+        {"messages": 5},
+        {"messages": [None], "images": ["img/a.png"]},
+        {"conversations": ["hi"]},
+        {"query": "q", "response": "a", "history": [None]},
+        {**good, "images": ["img/a.png"], "objects": [{"bbox": [1, 2, 3, 4]}]},
+        {**good, "images": [base64.b64encode(picture(1)).decode() * 20]},
+        {**good, "id": "half \ud83d", "images": ["no.png"]},
+        {"messages": [{"role": "user", "content": {"a": 1}}, good["messages"][1]], "images": ["img/a.png"]},
+    ]
+    report = import_data(lines(folder / "d.jsonl", *odd, good), folder / "out")
+    assert (report.written, report.rejected) == (1, len(odd))
+    assert all(reason and len(reason) < 400 for _, reason in rejects(report))
+
+
+def test_a_phones_picture_of_two_pictures_is_a_jpeg(folder) -> None:
+    from PIL import Image
+
+    first, second = Image.fromarray(gradient(40, 80)), Image.fromarray(gradient(40, 80))
+    first.save(folder / "img" / "phone.jpg", format="MPO", save_all=True, append_images=[second])
+    talk = [{"role": "user", "content": "<image>q"}, {"role": "assistant", "content": "a"}]
+    [record] = imported(
+        import_data(lines(folder / "d.jsonl", {"messages": talk, "images": ["img/phone.jpg"]}), folder / "out")
+    )
+    assert list(record.media) == ["0.jpg"] and record.media["0.jpg"].w == 80
+
+
+def test_an_older_index_does_not_hide_what_a_new_shard_of_its_name_holds(tmp_path) -> None:
+    rows = lines(tmp_path / "d.jsonl", {"text": "one"})
+    [shard] = import_data(rows, tmp_path / "out").shards
+    index = shard.with_name(shard.name + INDEX_SUFFIX)
+    index.write_bytes(b"of the older one")
+    shard.unlink()
+    import_data(rows, tmp_path / "out")
+    assert shard.exists() and not index.exists()
 
 
 def test_shards_are_not_mixed_with_older_ones(tmp_path) -> None:

@@ -242,6 +242,17 @@ def test_a_record_in_quarantine_is_not_tried_again(tmp_path, small, spoilt) -> N
         assert again.stats["read"]["quarantined"] == 0
 
 
+def test_half_a_line_that_a_kill_left_in_a_quarantine_file_is_passed_over(tmp_path, small, spoilt) -> None:
+    with loader(spoilt, small, max_bad_rate=1.0, out=tmp_path / "out") as made:
+        expected = steps(made, 4)
+    file = tmp_path / "out" / "quarantine.jsonl"
+    text = file.read_text()
+    for cut in (file, file.with_name("quarantine-1.jsonl")):
+        cut.write_text(text[: text.index("\n") + 20])
+    with loader(spoilt, small, max_bad_rate=1.0, out=tmp_path / "out") as again:
+        assert len(again.quarantine) == 1 and steps(again, 4) == expected
+
+
 def test_a_broken_picture_and_one_of_another_size_than_its_facts_are_set_aside(tmp_path, small) -> None:
     entries = chats(12)
     entries[3] = (chat("liar", "q", "a", height=64, width=64), {"0.png": picture(0, 64, 128)})

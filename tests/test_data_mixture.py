@@ -76,6 +76,13 @@ def test_what_is_wrong_with_a_mixture_is_said_in_a_sentence(tmp_path, text: str,
         read_mixture(written(tmp_path / "m.yaml", text))
 
 
+def test_a_mixture_is_read_by_the_rules_of_every_other_yaml_file(tmp_path) -> None:
+    text = "sources:\n  - &first {path: a, weight: 1e-3, category: no}\n  - {<<: *first, path: b}\n"
+    first, second = read_mixture(written(tmp_path / "m.yaml", text)).sources
+    assert (first.path, first.weight, first.category) == ("a", 0.001, "no")
+    assert (second.path, second.weight, second.category) == ("b", 0.001, "no")
+
+
 def test_a_mixture_that_is_not_there_is_named(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"none\.yaml does not exist"):
         read_mixture(tmp_path / "none.yaml")

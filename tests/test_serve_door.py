@@ -14,10 +14,13 @@ import pytest
 
 from media_files import encoded, gradient, png_header
 from qvl.outside.fetch import Fetcher
+from qvl.prompt.openai import messages_from_dicts
+from qvl.serve.errors import Refusal
 from qvl.serve.limits import Limits
 from qvl.serve.run import Server
 from serve_doubles import (
     CHAT,
+    CLIENT,
     KEY,
     address,
     body,
@@ -201,6 +204,36 @@ def test_the_log_has_a_line_for_each_request_and_none_of_its_words(
     answered, wrong, lost = (re.sub(r"\d+\.\d+", "T", line) for line in caplog.messages)
     assert re.fullmatch(r"POST /v1/chat/completions 200 in T s: \d+ tokens in, 2 out, the first after T s", answered)
     assert wrong == "POST /v1/chat/completions 400 in T s" and lost == "GET other 404 in T s"
+
+
+def test_a_models_name_may_have_a_slash(tiny_folder: Path) -> None:
+    with running(tiny_folder, name="org/tiny") as server:
+        assert CLIENT.get(address(server) + "/v1/models/org/tiny").json()["id"] == "org/tiny"
+        assert CLIENT.get(address(server) + "/v1/models/org%2Ftiny").json()["id"] == "org/tiny"
+        assert "no such model" in refused(CLIENT.get(address(server) + "/v1/models/org/other"), 404)
+
+
+def test_the_name_of_a_call_counts_as_text(server: Server) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f" * 5_000_000, "arguments": "{}"}}
+    talk = [*body()["messages"], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    assert "characters; at most" in refused(post(server, {"messages": talk}), 400)
+
+
+def test_frames_are_opened_one_by_one_and_not_for_who_has_gone(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    kitchen, opened = service(server).cook.kitchen, []
+    open_one = kitchen._open
+    monkeypatch.setattr(kitchen, "_open", lambda source: opened.append(open_one(source)) or opened[-1])
+    frames = {"type": "video_frames", "video_frames": [picture()] * 8, "fps": 2}
+    messages = messages_from_dicts(body(frames)["messages"])
+    kitchen.load(messages)
+    assert len(opened) == 8 and sum(not stream.closed for stream in opened) <= 1
+    opened.clear()
+    with pytest.raises(Refusal, match="went away"):
+        kitchen.load(messages, is_cancelled=lambda: len(opened) == 3)
+    assert len(opened) == 3
+    monkeypatch.setattr(kitchen, "media_seconds", 0.0)
+    with pytest.raises(Refusal, match="reading the frames took longer than 0 seconds"):
+        kitchen.load(messages)
 
 
 def test_broken_and_bottomless_json_is_refused(server: Server) -> None:

@@ -355,6 +355,24 @@ def test_a_run_asked_to_stop_finishes_its_step_saves_and_goes_on_to_the_bit(tmp_
         assert torch.equal(a, b), name
 
 
+def test_a_stop_asked_for_at_a_refused_step_waits_for_one_that_is_taken_and_saves(tmp_path: Path) -> None:
+    model = new_model(small())
+    stream = Drawn(model.config, poison=frozenset({2}))
+    asked, seen = iter([False, False, True, True]), []
+    reached = fit(
+        NextToken(model),
+        stream,
+        settings(9),
+        tmp_path,
+        ALONE,
+        should_stop=lambda: next(asked),
+        watchers=[lambda report: seen.append((report.step, report.skipped is None, report.is_saved))],
+    )
+    assert seen == [(1, True, False), (2, True, False), (3, False, False), (4, True, True)]
+    saved = newest(tmp_path)
+    assert reached == 4 and saved is not None and saved.step == 4
+
+
 @pytest.mark.parametrize(
     ("changed", "named"),
     [

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,18 @@ def test_the_run_stops_when_text_costs_more_than_the_limit(
     assert all(row["held_out_loss"] > 0 for row in report["rows"])
     assert [row["train_loss"] for row in report["rows"]] == [None, 1.5, 3.5]
     assert report["stopped"].startswith("stopped at step 4")
+
+
+def test_a_checkpoint_of_a_pause_is_judged_like_any_other(
+    small: Processor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, 1.0, 1.01, 1.06)
+    guard = guard_of(small, tmp_path)
+    guard.begin(0)
+    guard(replace(at(3), is_saved=True))
+    with pytest.raises(TextLostError):
+        guard(at(4))
+    assert guard.good_steps == {0, 3}
 
 
 def test_the_last_step_is_judged_too_and_a_text_that_is_no_number_is_lost(

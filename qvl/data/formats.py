@@ -25,6 +25,10 @@ def detect(row: Mapping[str, Any]) -> Format:
     if "query" in row and "response" in row:
         return "swift"
     if isinstance(row.get("text"), str):
+        if media := sorted(key for key in ("image", "images", "video", "videos") if row.get(key)):
+            raise ValueError(
+                f"a row of text has {media[0]!r} too; give conversations, or --format text to read the text alone."
+            )
         return "text"
     raise ValueError(
         f"a row has the keys {', '.join(map(str, row)) or 'none'}; messages, conversations, query and response, or text was expected."

@@ -11,12 +11,11 @@ import numpy as np
 
 from qvl.data.draft import draft
 from qvl.data.record import KINDS
-from qvl.data.shard import content_digest, extents, read_entry, read_members
+from qvl.data.shard import INDEX_SUFFIX, content_digest, extents, read_entry, read_members
 from qvl.data.store import Store
 from qvl.prompt.processor import Processor
 
 VERSION = 1
-SUFFIX = ".index.npz"
 BAD, MEDIA, VIDEO = 1, 2, 4
 """Flags of a record: it could not be read when the index was built; it has media; one of them is a video."""
 _PROBE = "The quick brown fox, 3.14 and 2,718: «Größe», 速い茶色の狐, 12 < 34\n\n\tdef f(x): return x  # 🦊"
@@ -86,7 +85,7 @@ def _numbers(budget: Any) -> dict[str, Any] | None:
 
 
 def index_url(shard: str) -> str:
-    return shard + SUFFIX
+    return shard + INDEX_SUFFIX
 
 
 def build_index(
@@ -112,9 +111,10 @@ def build_index(
             row: dict[str, Any] = {"offset": place.offset, "size": place.size, "id": place.key, "kind": 0, "flag": 0}
             try:
                 row |= _costs(data, f"{shard} at byte {place.offset}", processor, names)
-            except ValueError as error:
+            except Exception as error:  # records come from anywhere: none may leave its whole shard without an index
                 row |= {"flag": BAD, "name": names.setdefault(("", "", ""), len(names)), "digest": 0}
-                complain(str(error))
+                where = f"{shard} at byte {place.offset} is in no form we know: {type(error).__name__}: "
+                complain(str(error) if isinstance(error, ValueError) else f"{where}{error}")
             rows.append(row)
     index = _from_rows(shard, rows, tuple(names))
     store.write(index_url(shard), _to_bytes(index, mark or fingerprint(processor)))

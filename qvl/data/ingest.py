@@ -9,7 +9,7 @@ from typing import Any
 from qvl.core.log import JsonlWriter
 from qvl.data.formats import FORMATS, Format, detect, to_record
 from qvl.data.media import MediaBag
-from qvl.data.record import Kind
+from qvl.data.record import Kind, Record
 from qvl.data.shard import ShardWriter
 from qvl.data.tables import table_rows
 from qvl.outside.workers import Decoder, InProcess
@@ -68,7 +68,7 @@ def import_data(
                         raise row
                     bag = MediaBag(root=root, decoder=decoder)
                     id = f"{file.stem}-{number}"
-                    record = to_record(row, format or detect(row), bag, id=id, kind=kind, **facts)
+                    record = _record(row, format, bag, id=id, kind=kind, **facts)
                     writer.write(record, bag.files)
                     written += 1
                 except ValueError as error:
@@ -77,7 +77,8 @@ def import_data(
                         first.append(f"{file.name}, line {number}: {error}")
                     rejects = rejects or JsonlWriter(out / REJECTS)
                     id = row.get("id") if isinstance(row, dict) else None
-                    rejects.write({"file": file.name, "line": number, "id": id, "reason": str(error)})
+                    told = {"id": None if id is None else _whole(str(id)), "reason": _whole(str(error))}
+                    rejects.write({"file": file.name, "line": number, **told})
         if rejects is not None:
             rejects.close()
     return ImportReport(
@@ -125,6 +126,21 @@ def rows_of(file: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 yield number, _parsed(line)
+
+
+def _record(row: dict[str, Any], format: Format | None, bag: MediaBag, **facts: Any) -> Record:
+    """Rows come from anywhere: whatever is wrong with one is a reason to leave it out, and no end of the import."""
+    try:
+        return to_record(row, format or detect(row), bag, **facts)
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"the row is in no form we know ({type(error).__name__}: {error}).") from error
+
+
+def _whole(text: str) -> str:
+    """Without half surrogate pairs, which no file can hold."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def _without_none(value: Any) -> Any:

@@ -26,9 +26,7 @@ _ROLES = {
 
 def swift_messages(row: Mapping[str, Any], bag: MediaBag) -> list[dict[str, Any]]:
     if "messages" in row:
-        turns = [
-            (m.get("role"), m.get("content"), m.get("loss", m.get("weight"))) for m in need(row, "messages", Sequence)
-        ]
+        turns = [_turn(message) for message in need(row, "messages", Sequence)]
     else:
         pairs = [*(row.get("history") or ()), (need(row, "query", str), need(row, "response", str))]
         turns = [("system", row["system"], None)] if row.get("system") else []
@@ -38,11 +36,47 @@ def swift_messages(row: Mapping[str, Any], bag: MediaBag) -> list[dict[str, Any]
     )
 
 
+_TURN_KEYS = {"role", "content", "loss", "weight"}
+
+
+def _turn(message: Any) -> tuple[Any, Any, Any]:
+    if not isinstance(message, Mapping):
+        raise ValueError(f"a message is a {type(message).__name__}; role and content were expected.")
+    if others := sorted(str(key) for key in message.keys() - _TURN_KEYS if message[key] is not None):
+        raise ValueError(
+            f"a message has {others[0]!r} in a row with images, videos or objects of its own; say it in ms-swift's turns (tool_call, "
+            "<think>...</think>), or put the media into the messages as image_url."
+        )
+    return message.get("role"), message.get("content"), message.get("loss", message.get("weight"))
+
+
+def _words(content: Any) -> str:
+    """A turn's text. Typed blocks, as chat templates take them, become text whose marks say where the row's media stand."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, Sequence):
+        raise ValueError(f"a message's content is a {type(content).__name__}; text or a list of blocks was expected.")
+    words = []
+    for block in content:
+        kind = block.get("type") if isinstance(block, Mapping) else None
+        given = {key for key, value in block.items() if value is not None} if isinstance(block, Mapping) else set()
+        if kind == "text" and isinstance(block["text"], str) and given == {"type", "text"}:
+            words.append(block["text"])
+        elif kind in ("image", "video") and given == {"type"}:
+            words.append(f"<{kind}>")
+        else:
+            raise ValueError(
+                "a message holds a block that is neither text nor a bare image or video; where the row names its media, blocks name none."
+            )
+    return "".join(words)
+
+
 def llava_messages(row: Mapping[str, Any], bag: MediaBag) -> list[dict[str, Any]]:
-    turns = [
-        (t.get("from", t.get("role")), t.get("value", t.get("content")), t.get("weight"))
-        for t in need(row, "conversations", Sequence)
-    ]
+    turns = []
+    for turn in need(row, "conversations", Sequence):
+        if not isinstance(turn, Mapping):
+            raise ValueError(f"a turn is a {type(turn).__name__}; from and value were expected.")
+        turns.append((turn.get("from", turn.get("role")), turn.get("value", turn.get("content")), turn.get("weight")))
     if row.get("system"):
         turns = [("system", row["system"], None), *turns]
     return _marked(turns, _as_list(row, "image", "images"), _as_list(row, "video", "videos"), bag, {})
@@ -56,7 +90,7 @@ def _marked(
     objects: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     """Messages whose media stand where the text says `<image>` or `<video>`; where no mark is, before the first user's words."""
-    texts = [text if isinstance(text, str) else "" for _, text, _ in turns]
+    texts = [_words(content) for _, content, _ in turns]
     marks = [mark for (role, _, _), text in zip(turns, texts, strict=True) for mark in _MARK.findall(text)]
     lacking = ""
     for mark, media in (("<image>", images), ("<video>", videos)):

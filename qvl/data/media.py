@@ -60,13 +60,20 @@ class MediaBag:
             raise ValueError(
                 f"the medium {text} lies outside the media folder {self.root}; move it there or give another folder."
             )
-        if not path.is_file():
+        if not _is_file(path):
             raise ValueError(
-                f"the medium {text} is not in {self.root.resolve()}; check the path, or give --media-root."
+                f"the medium {text[:200]} is not in {self.root.resolve()}; check the path, or give --media-root."
             )
         if path.stat().st_size > limit:
             raise ValueError(f"the medium {text} has {path.stat().st_size:,} bytes; at most {limit:,} are allowed.")
         return path.read_bytes(), _suffix(text)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file can have, such as a whole picture in base64
+        return False
 
 
 def measure(data: bytes, kind: MediaKind, suffix: str, decoder: Decoder) -> tuple[Medium, str]:
@@ -92,7 +99,9 @@ def _measure_image(data: bytes, limits: MediaLimits) -> tuple[Medium, str]:
         with open_picture(io.BytesIO(data), limits) as picture:
             turned = picture.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)  # by a quarter; turning would decode it
             size = picture.size[::-1] if turned else picture.size
-            suffix = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}[str(picture.format)]
+            suffix = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}[
+                str(picture.format)
+            ]
     except OSError as error:
         raise ValueError("a picture is no JPEG, PNG, WebP, GIF or BMP; check that it opens in a viewer.") from error
     return Medium(w=size[0], h=size[1]), suffix

@@ -41,7 +41,7 @@ class Quarantine:
         self.path = None if path is None else Path(path)
         # What any rank met before, however many there were.
         for file in self.path.parent.glob(f"{Path(FILE).stem}*.jsonl") if self.path else ():
-            for line in filter(None, file.read_text(encoding="utf-8").split("\n")):
+            for line in file.read_text(encoding="utf-8").split("\n")[:-1]:  # after the last is half a line, or nothing
                 self._known.add(_key(line))
         self._writer = None if self.path is None else JsonlWriter(self.path)
 

@@ -17,6 +17,10 @@ BLOCK = 512
 MEDIA_NAME = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*")
 
 
+INDEX_SUFFIX = ".index.npz"
+"""Of the file beside a shard that `qvl.data.index` writes."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """A record with its media, as it stands in a shard."""
@@ -106,6 +110,8 @@ class ShardWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         self._tar = None
+        # An index of an older shard of that name would fit this one's first records and hide the others.
+        self._path.with_name(self._path.name + INDEX_SUFFIX).unlink(missing_ok=True)
         os.replace(self._part, self._path)
         self.paths.append(self._path)
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+MERGE = "tag:yaml.org,2002:merge"
+
 
 def read_yaml(path: Path) -> Any:
     """What a YAML file holds, by YAML 1.2's rules for scalars; None for an empty one. OSError as `open` raises it."""
@@ -24,7 +26,7 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.2's scalars. PyYAML's own (1.1) read 1e-4 as text, 1:30 as 90, 010 as 8, `no` as false and a date as a date."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != MERGE]
         if twice := [k for i, k in enumerate(keys) if k in keys[:i]]:
             raise yaml.YAMLError(f"key {twice[0]!r} stands twice, line {node.start_mark.line + 1} and on")
         return super().construct_mapping(node, deep)
@@ -48,7 +50,7 @@ _SCALARS = {
         r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
         "-+0123456789.",
     ),
-    "tag:yaml.org,2002:merge": (r"<<", "<"),
+    MERGE: (r"<<", "<"),
 }
 for _class in (_Loader, _Dumper):
     _class.yaml_implicit_resolvers = {}

@@ -91,7 +91,8 @@ class TextGuard:
     def __call__(self, report: StepReport) -> None:
         if report.skipped is None:
             self._losses.append(report.values["loss"])
-        if report.step % self.every and report.step != report.steps:
+        # Every checkpoint, those of a pause too: what was lost must never be gone on from, nor stand in the way of what was good.
+        if report.step % self.every and report.step != report.steps and not report.is_saved:
             return
         mean = sum(self._losses) / len(self._losses) if self._losses else None
         row = self.rows[report.step] = replace(self.judge(report.step), train_loss=mean)

@@ -168,7 +168,11 @@ def tune(
         out=run.out,
     )
     objective = NextToken(
-        model, power=run.power, denominator=run.denominator, see_always=world.size > 1, loss_kernel=run.loss_kernel
+        model,
+        power=run.power,
+        denominator=run.denominator,
+        see_always=world.size > 1 and model.config.vision is not None,
+        loss_kernel=run.loss_kernel,
     )
     with loader:
         guard = TextGuard(

@@ -154,7 +154,7 @@ def _routes(app: FastAPI, service: Service) -> None:
     async def models() -> Response:
         return JSONResponse({"object": "list", "data": [_model(service, name) for name in served.names]})
 
-    @app.get("/v1/models/{name}", responses=replies(MODEL))
+    @app.get("/v1/models/{name:path}", responses=replies(MODEL))
     async def model(name: str) -> Response:
         return JSONResponse(_model(service, served.name(name)))
 
@@ -176,8 +176,12 @@ def _routes(app: FastAPI, service: Service) -> None:
         if service.held_bytes and service.held_bytes + size > service.cook.kitchen.limits.max_patch_bytes:
             raise busy("The media of waiting requests fill the memory set aside for them; try again later.", 5)
         watch.queued(prepared.media_seconds, prepared.request.sample.num_tokens, bool(prepared.media))
-        ticket = await service.thread.submit(prepared.model, prepared.request)
-        service.held_bytes += size
+        service.held_bytes += size  # before anything is waited for: others look at it meanwhile
+        try:
+            ticket = await service.thread.submit(prepared.model, prepared.request)
+        except BaseException:
+            service.held_bytes -= size
+            raise
         reply = Reply(prepared, served, watch)
 
         def done() -> None:

@@ -8,12 +8,13 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 
 from qvl.engine.engine import Engine, EngineStats, QueueFull
-from qvl.engine.request import Event, Request, ended
+from qvl.engine.request import Event, Finish, Request, ended
 from qvl.serve.errors import Refusal, busy, draining, safe_sentence
 
 log = logging.getLogger("qvl.serve")
 
 BROKEN = "The model failed on this request."
+STOPPED = "The engine has stopped; restart the server."
 
 
 @dataclass
@@ -27,8 +28,12 @@ class Ticket:
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     left: int = 1
     """Answers whose end has not been read here yet."""
-    num_finished: int = 0
-    """Answers the engine has ended."""
+    finished: set[int] = field(default_factory=set)
+    """Answers that have their end; touched by the thread alone."""
+
+    def rest(self, finish: Finish, said: str | None = None) -> list[Event]:
+        """The end of all other answers."""
+        return [ended(self.request.id, i, finish, said) for i in range(self.request.n) if i not in self.finished]
 
 
 class EngineThread:
@@ -44,7 +49,7 @@ class EngineThread:
         self._wake = threading.Condition()
         self._tickets: dict[str, Ticket] = {}
         """Touched by the thread alone."""
-        self._is_stopping = False
+        self._is_stopping = self._is_over = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.is_draining = False
         self.failure: str | None = None
@@ -65,7 +70,7 @@ class EngineThread:
         if self.is_draining:
             raise draining()
         if not self.is_alive:
-            raise Refusal(503, "The engine has stopped; restart the server.", code="engine")
+            raise Refusal(503, STOPPED, code="engine")
         loop = asyncio.get_running_loop()
         ticket = Ticket(request, model, loop, loop.create_future(), left=request.n)
         self._command(lambda: self._submit(ticket))
@@ -97,8 +102,11 @@ class EngineThread:
 
     def _command(self, command: Callable[[], None]) -> None:
         with self._wake:
-            self._commands.append(command)
-            self._wake.notify()
+            if not self._is_over:
+                self._commands.append(command)
+                self._wake.notify()
+                return
+        command()  # nobody else will: it refuses, or finds nothing to do
 
     # ---- in the thread
 
@@ -116,7 +124,11 @@ class EngineThread:
                     self._step(name, engine)
         for ticket in list(self._tickets.values()):
             self._cancel(ticket)
-            self._send(ticket, [ended(ticket.request.id, i, "cancelled") for i in range(ticket.request.n)])
+            self._send(ticket, ticket.rest("cancelled"))
+        with self._wake:
+            self._is_over = True
+        for command in self._commands:
+            command()
 
     def _has_work(self) -> bool:
         return any(engine.has_work for engine in self.engines.values())
@@ -126,8 +138,12 @@ class EngineThread:
             return
         error: Exception | None = None
         try:
+            if self._is_stopping:
+                raise draining() if self.failure is None else Refusal(503, STOPPED, code="engine")
             self.engines[ticket.model].submit(ticket.request)
             self._tickets[ticket.request.id] = ticket
+        except Refusal as refused:
+            error = refused
         except QueueFull:
             error = busy("The queue is full; try again later.")
         except ValueError as refused:
@@ -161,7 +177,7 @@ class EngineThread:
             log.exception("a step of the engine failed")
             events = []
             for ticket in [t for t in self._tickets.values() if t.model == name]:
-                events += [ended(ticket.request.id, i, "error", BROKEN) for i in range(ticket.request.n)]
+                events += ticket.rest("error", BROKEN)
                 try:
                     engine.cancel(ticket.request.id)
                 except Exception:
@@ -177,8 +193,8 @@ class EngineThread:
         self._report(name)
 
     def _send(self, ticket: Ticket, events: list[Event]) -> None:
-        ticket.num_finished += sum(event.finish is not None for event in events)
-        if ticket.num_finished >= ticket.request.n:
+        ticket.finished |= {event.index for event in events if event.finish is not None}
+        if len(ticket.finished) >= ticket.request.n:
             self._tickets.pop(ticket.request.id, None)
 
         def put() -> None:

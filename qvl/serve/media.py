@@ -22,6 +22,9 @@ from qvl.prompt.visual import Visual
 from qvl.serve.errors import Refusal, safe_sentence
 from qvl.serve.limits import Limits
 
+FRAMES_PATIENCE = 5
+"""How many times as long as one file a list of frames may take."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Medium:
@@ -73,6 +76,7 @@ class Kitchen:
         self.processor, self.limits, self.max_tokens = processor, limits, max_tokens
         self.allows_addresses = bool(allow_domains)
         self.allows_files = bool(allow_folders)
+        self.media_seconds = media_seconds
         self.pool = WorkerPool(
             MediaLimits(
                 max_bytes=limits.max_medium_bytes,
@@ -95,7 +99,9 @@ class Kitchen:
         parts = [part for message in messages for part in message.content]
         media = [part for part in parts if isinstance(part, MEDIA)]
         words = sum(len(part.text) for part in parts if isinstance(part, Text))
-        words += sum(len(m.thinking or "") + sum(len(str(c.arguments)) for c in m.tool_calls) for m in messages)
+        words += sum(
+            len(m.thinking or "") + sum(len(c.name) + len(str(c.arguments)) for c in m.tool_calls) for m in messages
+        )
         for count, most, what in (
             (len(parts), limits.max_parts, "parts"),
             (len(media), limits.max_media, "pictures, videos and documents"),
@@ -137,14 +143,13 @@ class Kitchen:
         for where, part in _media_of(messages):
             loaded[id(part)] = []
             try:
-                for medium in self._loaded(part, left):
+                for medium in self._loaded(part, left, is_cancelled):
                     left -= medium.visual.num_tokens
                     if left < 0:
                         raise ValueError(
                             f"with this one the media have more than the {self.max_tokens:,} tokens that fit; send fewer or smaller ones."
                         )
-                    if is_cancelled():
-                        raise Refusal(408, "The client went away.")
+                    _stop_if(is_cancelled)
                     loaded[id(part)].append(medium)
             except ValueError as error:
                 text = safe_sentence(error, "the file could not be read.")
@@ -152,7 +157,9 @@ class Kitchen:
         media = [medium for found in loaded.values() for medium in found]
         return [_with_media(message, loaded) for message in messages], media, time.monotonic() - start
 
-    def _loaded(self, part: Image | Video | Document, most_tokens: int) -> Iterator[Medium]:
+    def _loaded(
+        self, part: Image | Video | Document, most_tokens: int, is_cancelled: Callable[[], bool]
+    ) -> Iterator[Medium]:
         images, videos = self.processor.image_budget, self.processor.video_sampling
         assert images is not None and videos is not None
         with ExitStack() as files:
@@ -169,7 +176,7 @@ class Kitchen:
                 for page in load_document(opened(part.source), part.pages, budget, self.pool):
                     yield Medium(kind="page", visual=page, budget=budget)
             elif isinstance(part.source, tuple):
-                frames = [opened(frame) for frame in part.source]
+                frames = _Frames(part.source, self._open, is_cancelled, FRAMES_PATIENCE * self.media_seconds)
                 sampling = video_sampling_for(videos, part)
                 visual = frames_video(frames, sampling, self.pool, fps=part.frame_fps, seconds=part.frame_seconds)
                 yield Medium(kind="video", visual=visual, budget=sampling)
@@ -192,6 +199,39 @@ class Kitchen:
         except HostRefused as error:
             # One sentence for all: which names exist inside is nobody's business either.
             raise MediaError("this server may not fetch from that host; send the file itself as a data URI.") from error
+
+
+class _Frames(Sequence[BinaryIO]):
+    """The frames of a list, each opened when it is looked at and closed before the next: one deadline holds for all, and nobody waits for
+    the frames of a client that has gone."""
+
+    def __init__(
+        self, sources: Sequence[str], open: Callable[[str], BinaryIO], is_cancelled: Callable[[], bool], seconds: float
+    ) -> None:
+        self.sources, self.open, self.is_cancelled, self.seconds = sources, open, is_cancelled, seconds
+        self.deadline = time.monotonic() + seconds
+        self.latest: BinaryIO | None = None
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, number: Any) -> Any:
+        if self.latest is not None:
+            self.latest.close()
+            self.latest = None
+        source = self.sources[number]  # IndexError ends the loop
+        _stop_if(self.is_cancelled)
+        if time.monotonic() > self.deadline:
+            raise MediaError(
+                f"reading the frames took longer than {self.seconds:g} seconds; send a video, or fewer frames."
+            )
+        self.latest = self.open(source)
+        return self.latest
+
+
+def _stop_if(is_cancelled: Callable[[], bool]) -> None:
+    if is_cancelled():
+        raise Refusal(408, "The client went away.")
 
 
 def media_key(visual: Visual) -> bytes:

@@ -11,7 +11,7 @@ from qvl.engine.sampling import Draw
 from qvl.prompt.coordinates import Boxes, item_to_dict, read_boxes
 from qvl.prompt.tokenizer import Tokenizer
 from qvl.serve.chat import Prepared, Served
-from qvl.serve.errors import Refusal, draining, error_body
+from qvl.serve.errors import Refusal, draining
 from qvl.serve.grammar import STRAYED
 from qvl.serve.metrics import Watch
 from qvl.serve.split import CallArguments, CallStart, Delta, Splitter, Thought, Words, marks_of
@@ -98,8 +98,7 @@ class Reply:
         async for event in events:
             self.push(event)
         if all(answer.finish == "error" for answer in self.answers):
-            said = self.answers[0].error or "The model failed on this request."
-            raise Refusal(400, said, code="schema") if said == STRAYED else Refusal(500, said, code="engine")
+            raise failed(self.answers[0].error)
         if all(answer.finish == "cancelled" for answer in self.answers):
             raise draining()
         choices = [
@@ -136,7 +135,7 @@ class Reply:
                     chunk["choices"][0]["logprobs"] = {"content": waiting[answer.index], "refusal": None}
                 yield chunk
                 if answer.error:
-                    yield error_body(500, answer.error, code="engine")
+                    yield failed(answer.error).body
         if with_usage:
             yield {**self._head("chat.completion.chunk"), "choices": [], "usage": self.usage()}
 
@@ -188,6 +187,13 @@ class Reply:
 
     def _applied(self) -> dict[str, Any]:
         return {"applied": self.prepared.applied(self.served)} if self.prepared.asked.explain else {}
+
+
+def failed(said: str | None) -> Refusal:
+    """Why an answer has no good end: a schema that cannot be followed is the client's, all else is ours."""
+    if said == STRAYED:
+        return Refusal(400, said, code="schema")
+    return Refusal(500, said or "The model failed on this request.", code="engine")
 
 
 def grounding(boxes: Boxes, width: int, height: int) -> dict[str, Any]:

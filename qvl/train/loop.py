@@ -74,6 +74,8 @@ class StepReport:
     values: dict[str, float]
     """The line in log.jsonl, and what watchers before this one found."""
     skipped: str | None
+    is_saved: bool = False
+    """A checkpoint of it lies on disk."""
 
 
 Watcher = Callable[[StepReport], Mapping[str, float] | None]
@@ -97,8 +99,9 @@ def fit(
     A resumed run is bitwise the run that never stopped: weights, optimizer, order of packs, losses. Writes `log.jsonl`, `skipped.jsonl`
     and `step-*` there. Watchers (evaluation, export, progress) are called after each step.
 
-    `should_stop` is asked after each step (a person pressed Ctrl-C); the run is then saved and left. `settings` (JSON) and the config
-    are kept in the checkpoint, and a resume under other ones is refused. Returns the step that was reached.
+    `should_stop` is asked after each step (a person pressed Ctrl-C); the run is then saved and left, after a refused step once one was
+    taken again. `settings` (JSON) and the config are kept in the checkpoint, and a resume under other ones is refused. Returns the step
+    that was reached.
     """
     with blocks_as_told(
         objective.model,
@@ -193,14 +196,15 @@ def _fit(
             step = went_to = _roll_back(out, objective, optimizer, stream, guard, step)
             went_back += 1
             continue
-        is_stopped = world.sum(float(should_stop())) > 0
+        # Not in the middle of trouble, nor saved there: a roll-back must find weights from before it.
+        is_stopped = world.sum(float(should_stop())) > 0 and guard.in_a_row == 0
         is_due = step == last or is_stopped or (config.checkpoint_every > 0 and step % config.checkpoint_every == 0)
-        # Not in the middle of trouble: a roll-back must find weights from before it.
-        if step == config.steps or (is_due and guard.in_a_row == 0):
+        is_saved = step == config.steps or (is_due and guard.in_a_row == 0)
+        if is_saved:
             save_run(out, step, objective, optimizer, _state(stream, guard, kept), world, keep=config.keep)
             went_back = 0
         for watcher in watchers:
-            values = values | dict(watcher(StepReport(step, config.steps, values, skipped)) or {})
+            values = values | dict(watcher(StepReport(step, config.steps, values, skipped, is_saved)) or {})
         if is_stopped:
             break
     if rows is not None:

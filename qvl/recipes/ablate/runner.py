@@ -40,6 +40,8 @@ def run_ablation(ablation: Ablation, out: Path, *, seeds: int, steps: int, tell:
         row = run_arm(ablation, name, material, out, seed=seed, steps=steps, tell=tell)
         with JsonlWriter(path) as file:
             file.write(row)
+        for checkpoint in (out / f"{name}-{seed}").rglob("step-*"):  # the row is what stays
+            shutil.rmtree(checkpoint)
         rows.append(row)
     return rows
 
@@ -54,16 +56,15 @@ def run_arm(
     run = Trained(model=model, material=material, arm=arm, seed=seed)
     probes = {label: probe.measure(run) for label, probe in ablation.probes.items()}
     tell("  " + ", ".join(f"{label} {value:.3f}" for label, value in probes.items()))
-    losses = [row for row in read_jsonl(folder / "log.jsonl")]
-    for checkpoint in folder.rglob("step-*"):  # the row is what stays
-        shutil.rmtree(checkpoint)
+    losses = read_jsonl(folder / "log.jsonl")
+    known = [row["loss"] for row in losses if row["loss"] is not None]  # null: a step refused for its loss
     return {
         "arm": name,
         "seed": seed,
         "steps": steps,
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": round(seconds, 1),
-        "loss": statistics.fmean(row["loss"] for row in losses[-10:]),
+        "loss": statistics.fmean(known[-10:]) if known else None,
         "skipped_steps": sum("skipped" in row for row in losses),
         "probes": probes,
     }
