@@ -35,6 +35,14 @@ def rows(path: Path, count: int = 4) -> Path:
     return path
 
 
+def test_a_folder_of_several_files_is_read_whole_and_says_which(tmp_path, capsys) -> None:
+    for name in ("train", "test"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        rows(tmp_path / "set" / name / "data.jsonl")
+    code, out, _ = call(capsys, "data", "import", tmp_path / "set", "--out", tmp_path / "shards", "--media-root", tmp_path / "set" / "test")  # fmt: skip
+    assert code == 0 and "read 2 files, each as training data: test/data.jsonl, train/data.jsonl" in out
+
+
 def test_from_rows_to_shards_to_an_index_to_counts_and_a_page(tmp_path, model, capsys) -> None:
     source, out = rows(tmp_path / "talk.jsonl"), tmp_path / "shards"
     assert call(capsys, "data", "import", source, "--out", out, "--category", "vqa")[:2] == (

@@ -12,6 +12,8 @@ from qvl.data.ingest import import_data
 from qvl.outside.media import MediaLimits
 from qvl.outside.workers import WorkerPool
 
+MOST_NAMES = 8
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataImport:
@@ -64,6 +66,10 @@ def run(args: DataImport) -> int:
         )
     if not report.written and not report.rejected:
         raise ValueError(f"{args.source} holds no rows; nothing was imported.")
+    if len(report.files) > 1:
+        names = [str(file.relative_to(args.source)) for file in report.files]
+        more = f" and {len(names) - MOST_NAMES:,} more" if len(names) > MOST_NAMES else ""
+        print(f"read {len(names):,} files, each as training data: {', '.join(names[:MOST_NAMES])}{more}")
     print(f"wrote {report.written:,} records in {len(report.shards)} shards to {args.out}")
     if report.rejected:
         print(f"left out {report.rejected:,} rows; their reasons are in {report.rejects}, for instance:")

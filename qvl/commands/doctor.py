@@ -72,6 +72,12 @@ def kernels(device: str, seen: Facts) -> dict[str, str]:
     if device == "cpu":
         grouped = " and ".join(seen.cpu_grouped_mm)
         chosen["experts"] = f"grouped matmul for {grouped}" if grouped else "one matmul per expert"
+        native = "avx512_bf16" in seen.cpu_flags and seen.compiler is not None
+        chosen["decoding"] = (
+            "our own kernels, compiled at first use"
+            if native
+            else "by torch, slower: our kernels want avx512_bf16 and g++"
+        )
         chosen["compile"] = f"with {seen.compiler}" if seen.compiler else "off: no C++ compiler"
     else:
         chosen["varlen attention"] = "available" if seen.varlen_attention else "not on this GPU or torch"

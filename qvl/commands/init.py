@@ -2,9 +2,8 @@
 
 import json
 from dataclasses import dataclass, replace
-from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -12,25 +11,10 @@ from qvl.model.config import ModelConfig, preset
 from qvl.model.start import start, start_config
 from qvl.model.weights import Layout, save
 from qvl.outside.hub import resolve
-
-IMAGE_PROCESSOR: dict[str, Any] = {
-    "image_processor_type": "Qwen2VLImageProcessorFast",
-    "size": {"shortest_edge": 65536, "longest_edge": 16777216},
-    "patch_size": 16,
-    "temporal_patch_size": 2,
-    "merge_size": 2,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-}
-"""preprocessor_config.json as published: areas in pixels under the names of edges."""
-VIDEO_PROCESSOR = IMAGE_PROCESSOR | {
-    "video_processor_type": "Qwen3VLVideoProcessor",
-    "size": {"shortest_edge": 4096, "longest_edge": 25165824},
-    "fps": 2,
-    "min_frames": 4,
-    "max_frames": 768,
-}
-del VIDEO_PROCESSOR["image_processor_type"]
+from qvl.prompt.budget import ImageBudget
+from qvl.prompt.folder import IMAGE_CONFIG, IMAGE_FILE, VIDEO_CONFIG, VIDEO_FILE, image_config, video_config
+from qvl.prompt.sampling import VideoSampling
+from qvl.prompt.template import jinja_template
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +69,11 @@ def as_published(config: ModelConfig, published: ModelConfig) -> ModelConfig:
 def write_processors(folder: Path) -> None:
     """What a text checkpoint has not: how pictures and videos become patches, and a chat template that knows them."""
     for name, content in (
-        ("preprocessor_config.json", IMAGE_PROCESSOR),
-        ("video_preprocessor_config.json", VIDEO_PROCESSOR),
+        (IMAGE_FILE, IMAGE_CONFIG | image_config(ImageBudget())),
+        (VIDEO_FILE, VIDEO_CONFIG | video_config(VideoSampling())),
     ):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    template = resources.files("qvl.prompt").joinpath("templates/instruct.jinja").read_text(encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(jinja_template("instruct"), encoding="utf-8")
     # The text model's own template would win over the file in some readers, and drops pictures.
     tokenizer = folder / "tokenizer_config.json"
     if tokenizer.is_file():

@@ -27,6 +27,8 @@ class ImportReport:
     shards: tuple[Path, ...]
     rejects: Path | None
     """Where the rows that were left out are listed; None when there are none."""
+    files: tuple[Path, ...] = ()
+    """What was read: of a folder all data files of the first kind that it has, its parts for testing too."""
     first: tuple[str, ...] = ()
     """The first few of them, as FILE, line N: REASON."""
 
@@ -86,6 +88,7 @@ def import_data(
         rejected=rejected,
         shards=tuple(writer.paths),
         rejects=out / REJECTS if rejected else None,
+        files=tuple(files),
         first=tuple(first),
     )
 

@@ -219,7 +219,7 @@ class _Frames(Sequence[BinaryIO]):
         if self.latest is not None:
             self.latest.close()
             self.latest = None
-        source = self.sources[number]  # IndexError ends the loop
+        source = self.sources[int(number)]  # IndexError ends the loop
         _stop_if(self.is_cancelled)
         if time.monotonic() > self.deadline:
             raise MediaError(
