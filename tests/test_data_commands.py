@@ -39,7 +39,8 @@ def test_a_folder_of_several_files_is_read_whole_and_says_which(tmp_path, capsys
     for name in ("train", "test"):
         (tmp_path / "set" / name).mkdir(parents=True)
         rows(tmp_path / "set" / name / "data.jsonl")
-    code, out, _ = call(capsys, "data", "import", tmp_path / "set", "--out", tmp_path / "shards", "--media-root", tmp_path / "set" / "test")  # fmt: skip
+    given = ("--out", tmp_path / "shards", "--media-root", tmp_path / "set" / "test")
+    code, out, _ = call(capsys, "data", "import", tmp_path / "set", *given)
     assert code == 0 and "read 2 files, each as training data: test/data.jsonl, train/data.jsonl" in out
 
 
