@@ -172,6 +172,9 @@ def test_rows_are_written_whole_with_null_for_numbers_json_lacks(tmp_path: Path)
     with log.JsonlWriter(path) as rows:
         rows.write({"step": 2})
     assert [row["step"] for row in log.read_jsonl(path)] == [1, 2]
+    with log.JsonlWriter(path) as rows:
+        rows.write({"step": 3, "said": "a line\u2028of a page\u0085"})  # ends a line for Python, not in JSON
+    assert log.read_jsonl(path)[-1]["said"] == "a line\u2028of a page\u0085"
     assert log.read_jsonl(tmp_path / "absent.jsonl") == []
 
 

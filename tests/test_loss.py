@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from memory_watch import MemoryWatch
 from qvl.core.batch import Batch
 from qvl.train.loss import linear_cross_entropy, targets
 
@@ -72,3 +73,12 @@ def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_the_same_one() -> 
     F.cross_entropy(hidden @ head.T, label, reduction="sum").backward()
     torch.testing.assert_close(got, hidden.grad, atol=1e-6, rtol=1e-6)
     assert head.grad is None
+
+
+def test_at_most_one_chunk_of_logits_is_held() -> None:
+    hidden, head = torch.randn(4000, 64, requires_grad=True), torch.randn(20_000, 64)
+    label, weight, chunk = torch.zeros(4000, dtype=torch.int64), torch.ones(4000), 64 * 2**20
+    linear_cross_entropy(hidden, head, label, weight, chunk_bytes=2**20)  # threads and workspaces are there
+    with (watch := MemoryWatch()):
+        linear_cross_entropy(hidden, head, label, weight, chunk_bytes=chunk)
+    assert watch.rise < 1.5 * chunk

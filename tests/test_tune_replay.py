@@ -157,6 +157,20 @@ def test_a_file_of_text_or_rows_is_imported_and_takes_its_share(
     assert shares(mixed) == {"mine": 0.75, "file": 0.25}
 
 
+def test_a_file_that_was_changed_is_imported_anew(tmp_path: Path, small: Processor, model: Qwen3VL) -> None:
+    def tokens() -> int:
+        mixed = with_replay(mixture, given, model, small, ALONE)
+        (source,) = [s for s in mixed.resolved() if "file-" in s.path]
+        return sum(int(read_index(str(shard), None).text_S.sum()) for shard in Path(source.path).glob("*.tar"))
+
+    given, mixture = choice(tmp_path, str(tmp_path / "old.txt")), mine(tmp_path, small)
+    (tmp_path / "old.txt").write_text("Once there was a text.")
+    first = tokens()
+    assert tokens() == first
+    (tmp_path / "old.txt").write_text("Once there was a text. " * 9)
+    assert tokens() > 2 * first
+
+
 def test_the_mixtures_own_replay_comes_first_and_nothing_is_added_to_it(
     tmp_path: Path, small: Processor, model: Qwen3VL
 ) -> None:
