@@ -77,8 +77,8 @@ def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_the_same_one() -> 
 
 def test_at_most_one_chunk_of_logits_is_held() -> None:
     hidden, head = torch.randn(4000, 64, requires_grad=True), torch.randn(20_000, 64)
-    label, weight, chunk = torch.zeros(4000, dtype=torch.int64), torch.ones(4000), 64 * 2**20
+    label, weight, chunk = torch.zeros(4000, dtype=torch.int64), torch.ones(4000), 128 * 2**20
     linear_cross_entropy(hidden, head, label, weight, chunk_bytes=2**20)  # threads and workspaces are there
     with (watch := MemoryWatch()):
         linear_cross_entropy(hidden, head, label, weight, chunk_bytes=chunk)
-    assert watch.rise < 1.5 * chunk
+    assert watch.rise < 1.6 * chunk
