@@ -21,6 +21,8 @@ def pack(samples: Sequence[Sample], config: ModelConfig) -> Batch:
     seconds = [s.second_I for s in samples if s.second_I is not None]
     if len({p.dtype for p in patches}) > 1:
         raise ValueError("some samples hold patches as bytes and some as floats; give all of them in one form.")
+    if config.vision is None and (patches or grids):
+        raise ValueError("the samples bring pictures and the model is text only; leave the pictures out.")
     grid_I3 = torch.cat(grids) if grids else None
     patch_PX = torch.cat(patches) if patches else None
     for number, sample in enumerate(samples):

@@ -85,6 +85,8 @@ def _in_order(
     videos = _modality(tensors, "pixel_values_videos", "video_grid_thw")
     if images is None and videos is None:
         return None, None
+    if config.vision is None:
+        raise ValueError("pixel values came and the model is text only; leave them out.")
     is_video = placeholder_runs(token_T, lengths, config).is_video_I.tolist()
     rows = {False: images or [], True: videos or []}
     for kind, name in ((False, "image"), (True, "video")):

@@ -18,7 +18,9 @@ def image(stream: BinaryIO, limits: MediaLimits) -> Iterator[Message]:
     head = stream.read(12)
     stream.seek(0)
     if name := not_a_picture(head):
-        raise MediaError(f"the file is {name}, no picture; hand it in as such.")
+        raise MediaError(
+            f"the file is {name}." if ":" in name else f"the file is {name}, no picture; hand it in as such."
+        )
     with refusing(UNREADABLE), open_picture(stream, limits) as picture:
         # `upright` without its copy, a quarter of a gigabyte at 64 million pixels.
         ImageOps.exif_transpose(picture, in_place=True)
@@ -28,6 +30,8 @@ def image(stream: BinaryIO, limits: MediaLimits) -> Iterator[Message]:
 
 def not_a_picture(head: bytes) -> str | None:
     """What a file handed in as a picture often is instead, by its first bytes."""
+    if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"avif", b"avis"):
+        return "a HEIC or AVIF picture, which is not read: save it as JPEG or PNG"
     if head[4:8] == b"ftyp" or head.startswith(b"\x1aE\xdf\xa3") or head[8:12] == b"AVI ":
         return "a video"
     return "a PDF" if head.startswith(b"%PDF") else None

@@ -18,6 +18,8 @@ CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,h264,hevc,ivf,mpegvideo"
 UNREADABLE = "the file is not a readable video (MP4, MOV, MKV, WebM, AVI, MPEG, FLV, WMV, Ogg, GIF or animated WebP)."
 ANIMATION_PICTURES = 16
 """Frames of an animation, in pictures of the largest size allowed: a thousand of 1024 x 1024."""
+NEAR = 0.02
+"""How far the rate a container tells may be from what its times say, for rounding."""
 BROKEN = "the video's pictures cannot be decoded; the file is damaged or its codec is not supported. Re-encode it."
 
 
@@ -40,7 +42,12 @@ def video_facts(stream: BinaryIO, limits: MediaLimits) -> Iterator[Message]:
         known = [t for t in times if t is not None]
         numbered = len(set(known)) < num_frames or track.time_base is None
         unit = track.time_base or Fraction(1)
-        fps = float(track.average_rate or 0) or _rate(sorted(known), unit)
+        fps = float(track.average_rate or 0)
+        if not numbered and len(known) > 1:
+            # Matroska says the rate it would like to have; where the times say another, they are right.
+            true = _rate(sorted(known), unit)
+            fps = fps if fps and abs(fps / true - 1) < NEAR else true
+        fps = fps or _rate(sorted(known), unit)
         header = {
             "num_frames": num_frames,
             "fps": fps,

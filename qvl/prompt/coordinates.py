@@ -150,6 +150,8 @@ def _whole(value: float) -> int:
 # ---- from text ----------------------------------------------------------------------------------------------------
 
 FENCE = re.compile(r"```[A-Za-z]*[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+FARTHEST = 1e6
+"""Of a coordinate in an answer: a thousand pictures away."""
 LENGTHS = {"bbox_2d": 4, "point_2d": 2, "bbox_3d": 9}
 
 
@@ -252,7 +254,8 @@ def _numbers(value: Any, length: int) -> tuple[float, ...] | None:
         numbers = tuple(float(number) for number in value)
     except OverflowError:
         return None
-    return numbers if all(map(math.isfinite, numbers)) else None
+    # A number whose digits repeat without end is no place, and would be drawn pixel by pixel.
+    return numbers if all(abs(number) <= FARTHEST for number in numbers) else None  # NaN is not
 
 
 def _place(key: str, numbers: tuple[float, ...], label: Any) -> Place:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qvl.core.config import read_json
+from qvl.core.config import read_json, read_object
 from qvl.prompt.budget import ImageBudget
 from qvl.prompt.sampling import PIXELS_PER_VIDEO_TOKEN, VideoSampling
 from qvl.prompt.template import Style, jinja_template
@@ -15,6 +15,7 @@ from qvl.prompt.tokenizer import Tokenizer
 from qvl.prompt.visual import FRAMES, MERGE, PATCH
 
 IMAGE_FILE, VIDEO_FILE = "preprocessor_config.json", "video_preprocessor_config.json"
+WHOLE_FILE = "processor_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json")
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 
@@ -32,10 +33,15 @@ def read_folder(path: Path | str) -> Folder:
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"{path} is no folder; a Hugging Face model folder was expected.")
-    configs = [read_json(path / name) if (path / name).exists() else None for name in (IMAGE_FILE, VIDEO_FILE)]
-    for name, config in zip((IMAGE_FILE, VIDEO_FILE), configs, strict=True):
+    # transformers 5 writes both into one file, and reads that one first.
+    whole = read_object(path / WHOLE_FILE) if (path / WHOLE_FILE).exists() else {}
+    configs: list[Mapping[str, Any] | None] = []
+    for name, part in ((IMAGE_FILE, "image_processor"), (VIDEO_FILE, "video_processor")):
+        nested = whole.get(part)
+        config = nested if isinstance(nested, dict) else read_json(path / name) if (path / name).exists() else None
         if config is not None:
-            _check_patches(path / name, config)
+            _check_patches(path / (WHOLE_FILE if nested is config else name), config)
+        configs.append(config)
     return Folder(path=path, template=_read_template(path), image_config=configs[0], video_config=configs[1])
 
 
@@ -79,9 +85,10 @@ def write_folder(
     videos: VideoSampling | None,
 ) -> None:
     """Files of the source folder go through byte for byte; what is missing is written, with the budgets in use."""
-    out.mkdir(parents=True, exist_ok=True)
     if out.resolve() == folder.path.resolve():
         raise ValueError(f"{out} is the folder the processor came from; save to another one.")
+    given = None if videos is None else video_config(videos)  # refuses before anything is written
+    out.mkdir(parents=True, exist_ok=True)
     for name in (*TOKENIZER_FILES, *TEMPLATE_FILES, "tokenizer_config.json", "generation_config.json"):
         if (folder.path / name).exists():
             shutil.copyfile(folder.path / name, out / name)
@@ -100,10 +107,11 @@ def write_folder(
         _write_config(
             folder.path / IMAGE_FILE, out / IMAGE_FILE, folder.image_config, image_config(images), IMAGE_CONFIG
         )
-    if videos is not None:
-        _write_config(
-            folder.path / VIDEO_FILE, out / VIDEO_FILE, folder.video_config, video_config(videos), VIDEO_CONFIG
-        )
+    if given is not None:
+        before = folder.video_config
+        if before is not None and before.get("num_frames") is not None:
+            given = {"num_frames": None, **given}  # or the older number would go on holding
+        _write_config(folder.path / VIDEO_FILE, out / VIDEO_FILE, before, given, VIDEO_CONFIG)
 
 
 def _write_config(
@@ -112,7 +120,7 @@ def _write_config(
     """The source file itself where the budgets are still its own, else its content with the new budgets."""
     if before is None:
         _write_json(out, {**fresh, **now})
-    elif all(before.get(key) == value for key, value in now.items()):
+    elif all(before.get(key) == value for key, value in now.items()) and source.exists():
         shutil.copyfile(source, out)
     else:
         _write_json(out, {**before, **now})

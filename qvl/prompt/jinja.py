@@ -84,6 +84,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         kept = {name: self.globals[name] for name in ("range", "dict", "namespace")}
         self.globals = kept | {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
         self.filters = {name: filter for name, filter in self.filters.items() if name not in REFUSED_FILTERS}
+        self.filters |= {"join": self._join, "replace": self._replace}
 
     def wrap_str_format(self, value: Any) -> Any:
         if isinstance(getattr(value, "__self__", None), str) and value.__name__ in REFUSED_METHODS:
@@ -105,11 +106,35 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore
+        owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
+        if isinstance(owner, str) and name == "join" and args:
+            args = (self._joinable(args[0], owner), *args[1:])
+        if isinstance(owner, str) and name == "replace" and len(args) >= 2:
+            self._check_replace(owner, args[0], args[1])
         # str.center(10**9) and the like take their size as a number.
         for value in (*args, *kwargs.values()):
             if isinstance(value, int):
                 self.check_size(value)
         return super().call(context, obj, *args, **kwargs)
+
+    def _join(self, value: Any, d: Any = "", attribute: Any = None) -> str:
+        """The filter; `attribute`, which would look into objects, is not taken."""
+        if attribute is not None:
+            raise SecurityError("join takes no attribute here")
+        return str(d).join(self._joinable(value, str(d)))
+
+    def _joinable(self, value: Any, between: str) -> list[str]:
+        parts = [str(part) for part in value]
+        self.check_size(sum(map(len, parts)) + len(between) * len(parts))
+        return parts
+
+    def _replace(self, value: Any, old: Any, new: Any, count: int | None = None) -> str:
+        text, old, new = str(value), str(old), str(new)
+        self._check_replace(text, old, new)
+        return text.replace(old, new, -1 if count is None else count)
+
+    def _check_replace(self, text: Any, old: Any, new: Any) -> None:
+        self.check_size(len(text) + (str(text).count(str(old)) + 1) * len(str(new)))
 
     def join_checked(self, parts: Sequence[Any]) -> str:
         texts = [str(part) for part in parts]

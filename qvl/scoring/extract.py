@@ -4,27 +4,22 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-LONGEST = 100_000
-"""Characters of an answer that are read at all."""
+from qvl.scoring.numerals import numbers_in
 
-_WORDS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen
-nineteen twenty"""
-NUMBER_WORDS = {word: value for value, word in enumerate(re.split(r"\s", _WORDS))}
-_NUMBER = re.compile(
-    r"(?<![\w.,])[-+\u2212]?(?:\d{1,3}(?:,\d{3})+|\d{1,300})(?:\.\d{1,300})?(?:[eE][-+]?\d{1,3})?(?!\w|[.,]\d)"
-)
-_WORD = re.compile(rf"\b(?:{'|'.join(NUMBER_WORDS)})\b", re.IGNORECASE)
+LONGEST = 100_000
+"""Characters of an answer, its thought not counted, that are read at all."""
+
 # Spaces are counted in all these, so that a long blank answer costs no more than any other.
 _SAID = re.compile(r"(?:\banswer\s{0,3}(?:is\s{0,3}[:=]?|[:=])|答案\s{0,3}(?:是|为|[:=]))\s{0,3}(?=\S)", re.IGNORECASE)
 
 
 def final_text(text: str) -> str | None:
     """What stands after the last `</think>`. None when a thought was opened and never closed: there is no answer yet."""
-    text = text[:LONGEST]
     opened, closed = text.rfind("<think>"), text.rfind("</think>")
     if opened > closed:
         return None
-    return text[closed + len("</think>") :].strip() if closed >= 0 else text.strip()
+    start = closed + len("</think>") if closed >= 0 else 0
+    return text[start : start + LONGEST].strip()  # a thought may be as long as it likes
 
 
 def only(found: Iterable[str | None]) -> str | None:
@@ -77,14 +72,6 @@ def one_number(text: str) -> float | None:
     return numbers.pop() if len(numbers) == 1 else None
 
 
-def numbers_in(text: str) -> list[float]:
-    """Numbers in order, in digits (1,000 and 1e3 too) or in words up to twenty."""
-    text = unicodedata.normalize("NFKC", text)
-    found = [(m.start(), float(m[0].replace(",", "").replace("\u2212", "-"))) for m in _NUMBER.finditer(text)]
-    found += [(m.start(), float(NUMBER_WORDS[m[0].lower()])) for m in _WORD.finditer(text)]
-    return [value for _, value in sorted(found)]
-
-
 def normalised(text: str) -> str:
     """For comparing short answers: compatible forms, case, spaces, leading articles and marks around the answer do not count."""
     text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
@@ -95,8 +82,8 @@ def normalised(text: str) -> str:
 # ---- letters ------------------------------------------------------------------------------------------------------
 
 _NAMED = re.compile(
-    r"\b(?:answer|option|choice)\b(?:\s{1,3}is)?\s{0,3}[:=]?\s{0,3}[(\[*\"']{0,4}([A-Za-z])(?![A-Za-z'])[)\]*\"'.]{0,4}"
-    r"(?P<rest>\s{0,3}\w{0,12})",
+    r"\b(?:answer|option|choice)\b(?:\s{1,3}is)?\s{0,3}[:=]?\s{0,3}[(\[*\"']{0,4}([A-Za-z])(?![A-Za-z'])(?P<close>[)\]*\"'.]{0,4})"
+    r"(?P<rest>[ \t]{0,3}\w{0,12})",
     re.IGNORECASE,
 )
 _CHINESE = re.compile(r"(?:答案(?:是|为)?|选(?:择|项)?)\s{0,3}:?\s{0,3}\(?([A-Za-z])(?![A-Za-z])")
@@ -119,7 +106,7 @@ def choice_letter(text: str, letters: Sequence[str], options: Sequence[str] = ()
     final = unicodedata.normalize("NFKC", final)
     if "\\boxed" in final:
         return only(_chosen(content or "", letters, options) for content in boxes_of(final))
-    named = [m[1].upper() for m in _NAMED.finditer(final) if _is_no_article(m[1], m["rest"])]
+    named = [m[1].upper() for m in _NAMED.finditer(final) if _is_no_article(m[1], "" if m["close"] else m["rest"])]
     named += [m[1].upper() for m in _CHINESE.finditer(final)]
     if named:
         return _known(only(named), letters)
@@ -149,7 +136,7 @@ def _known(letter: str | None, letters: Sequence[str]) -> str | None:
 
 def _is_no_article(letter: str, rest: str) -> bool:
     """Whether a letter is a choice, not the word "a" or "I" or the first letter of a lower-case phrase."""
-    word = re.match(r"\s+(\w+)", rest)
+    word = re.match(r"[ \t]+(\w+)", rest)  # an article stands on the line of its word
     if letter.isupper() and letter not in "AI":
         return True
     return word is None or word[1].lower() in ("is", "because", "since", "as", "and", "or", "but")

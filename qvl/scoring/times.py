@@ -12,15 +12,22 @@ TOLERANCE = 0.5
 _SLACK = 1e-6
 """Times are written in tenths; a difference of exactly the tolerance is within it, whatever floats make of it."""
 
-_UNIT = r"(?:\s{0,3}(?:seconds?|secs?|s)\b)?"
+_NUMBER = r"\d{1,7}(?:\.\d{1,6})?"
+_HOURS, _MINUTES = r"(?:hours?|hrs?|h)\b", r"(?:minutes?|mins?|m)\b"
+_SECONDS = r"(?:seconds?|secs?|s)\b"
+_AND = r"\s{0,3}(?:and\s{1,3})?"
 _TIME = re.compile(
     r"(?<![\w.:])(?:(?P<h>\d{1,3}):)?(?:(?P<m>\d{1,4}):)(?P<s>\d{1,2}(?:\.\d{1,6})?)(?![\w:]|\.\d)"
-    rf"|(?<![\w.:])(?P<n>\d{{1,7}}(?:\.\d{{1,6}})?){_UNIT}(?![\w:]|\.\d)"
+    rf"|(?<![\w.:])(?P<n>{_NUMBER})(?:\s{{0,3}}(?:{_SECONDS}|(?P<ms>(?:milliseconds?|msecs?|ms)\b)))?(?![\w:]|\.\d)"
 )
 _COUNTED = re.compile(
-    r"(?<![\w.:])(?:(?P<h>\d{1,3})\s{0,3}(?:hours?|h)\s{0,3})?(?P<m>\d{1,4})\s{0,3}(?:minutes?|min|m)\b"
-    r"(?:\s{0,3}(?:and\s{1,3})?(?P<s>\d{1,2}(?:\.\d{1,6})?)\s{0,3}(?:seconds?|secs?|s)\b)?"
+    rf"(?<![\w.:])(?={_NUMBER}\s{{0,3}}(?:{_HOURS}|{_MINUTES}))(?:(?P<h>{_NUMBER})\s{{0,3}}{_HOURS}{_AND})?"
+    rf"(?:(?P<m>{_NUMBER})\s{{0,3}}{_MINUTES}{_AND})?(?:(?P<s>{_NUMBER})\s{{0,3}}{_SECONDS})?"
 )
+_SHARED_UNIT = re.compile(
+    rf"(?<![\w.:])({_NUMBER})(\s{{0,3}}(?:to|and|-|\u2013)\s{{0,3}})(?={_NUMBER}\s{{0,3}}({_HOURS}|{_MINUTES}))"
+)
+"""The first number of "1.5 to 2 minutes", whose unit stands behind the second."""
 _NEGATIVE = re.compile(r"(?:(?<=^)|(?<=[\s(\[<:,]))[-\u2212](?=\d)")
 
 
@@ -57,19 +64,23 @@ def one_span(text: str) -> tuple[float, float] | None:
 
 
 def times_in(text: str) -> list[float]:
-    """Every time in the text in order: `3.4 seconds`, `<3.4 seconds>`, `3.4`, `0:03.4`, `00:00:03.4`, `1 minute 3 seconds`.
+    """Every time in the text in order: `3.4 seconds`, `<3.4 seconds>`, `3.4`, `0:03.4`, `00:00:03.4`, `1 minute 3 seconds`, `1.5 hours`,
+    `500 ms`.
 
     Empty when any is below zero or has more than 59 seconds or minutes after a colon: such an answer names no time.
     """
     text = unicodedata.normalize("NFKC", text)
     if _NEGATIVE.search(text) and not re.search(r"\d\s+[-\u2212]\d", text):
         return []
+    text = _SHARED_UNIT.sub(r"\1 \3\2", text)
     found = []
     for match in _COUNTED.finditer(text):
         found.append((match.start(), _seconds(match)))
     rest = _COUNTED.sub(lambda match: " " * len(match[0]), text)
     for match in _TIME.finditer(rest):
-        found.append((match.start(), float(match["n"]) if match["n"] else _seconds(match)))
+        found.append(
+            (match.start(), float(match["n"]) / (1000 if match["ms"] else 1) if match["n"] else _seconds(match))
+        )
     times = [seconds for _, seconds in sorted(found, key=lambda entry: entry[0])]
     return [] if None in times else [seconds for seconds in times if seconds is not None]
 

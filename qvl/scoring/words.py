@@ -63,8 +63,19 @@ def count(answer: str, truth: Truth) -> float:
     return float(one_number(answer) == right)
 
 
+_UNSPACED = r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"
+_SPACED = r"[^\W\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"
+"""Kana and Chinese characters; letters and digits of all other scripts."""
+
+
 def _holds(said: str, wanted: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(normalised(wanted))}(?!\w)", said) is not None
+    """As whole words; where a script has no spaces between words, anywhere."""
+    wanted = normalised(wanted)
+    start, end = (
+        "" if re.match(_UNSPACED, edge) else bound
+        for edge, bound in ((wanted[:1], rf"(?<!{_SPACED})"), (wanted[-1:], rf"(?!{_SPACED})"))
+    )
+    return re.search(f"{start}{re.escape(wanted)}{end}", said) is not None
 
 
 def _spaced(value: str) -> str:

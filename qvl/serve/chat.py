@@ -227,7 +227,15 @@ class Cook:
 
 
 def read_messages(data: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
+    """An assistant's message may come back as it was given, with what OpenAI's form does not know and its client fills in as null."""
+    own = {"grounding", "problems"}
+    bare = [
+        {k: v for k, v in message.items() if v is not None and not (message.get("role") == "assistant" and k in own)}
+        if isinstance(message, Mapping)
+        else message
+        for message in data
+    ]
     try:
-        return messages_from_dicts(data)
+        return messages_from_dicts(bare)
     except ValueError as error:
         raise Refusal(400, safe_sentence(error, "A message cannot be read."), param="messages") from error

@@ -50,18 +50,7 @@ class Grammars:
         """A call of one of the functions, in the template's own form; with `many` also several."""
         if not self.tokenizer.has_control("<tool_call>"):
             raise Refusal(400, "This model's tokenizer has no tool calls; leave out tool_choice.", param="tool_choice")
-        calls = [
-            {
-                "type": "object",
-                "properties": {
-                    "name": {"const": tool["function"]["name"]},
-                    "arguments": tool["function"].get("parameters") or {"type": "object"},
-                },
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-            for tool in tools
-        ]
+        calls = [_call_schema(tool["function"]["name"], tool["function"].get("parameters")) for tool in tools]
         lines = [f'call{i}: <tool_call> "\\n" body{i} "\\n" </tool_call>' for i in range(len(calls))]
         lines += [f"body{i}: %json {_schema_text(call)}" for i, call in enumerate(calls)]
         one = " | ".join(f"call{i}" for i in range(len(calls)))
@@ -148,6 +137,29 @@ class Grammar:
         while len(self._matchers) > KEPT:
             self._matchers.popitem(last=False)
         return matcher
+
+
+def _call_schema(name: str, parameters: dict[str, Any] | None) -> dict[str, Any]:
+    """A call's JSON. The parameters' own definitions move to its top, where "#/$defs/..." looks for them."""
+    parameters = dict(parameters or {"type": "object"})
+    top = {key: parameters.pop(key) for key in ("$defs", "definitions") if key in parameters}
+    return {
+        "type": "object",
+        "properties": {"name": {"const": name}, "arguments": _itself_moved(parameters)},
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+        **_itself_moved(top),
+    }
+
+
+def _itself_moved(value: Any) -> Any:
+    """The schema with "#", which means the parameters as a whole, pointing to where these stand now."""
+    if isinstance(value, dict):
+        return {
+            k: "#/properties/arguments" if k == "$ref" and inner == "#" else _itself_moved(inner)
+            for k, inner in value.items()
+        }
+    return [_itself_moved(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _schema_text(schema: dict[str, Any]) -> str:

@@ -66,7 +66,12 @@ class Reply:
         self.answers = [
             Answer(
                 index=i,
-                splitter=Splitter(marks, in_thought=served.is_thinking, reads_calls=prepared.reads_calls),
+                splitter=Splitter(
+                    marks,
+                    in_thought=served.is_thinking,
+                    reads_calls=prepared.reads_calls,
+                    most_calls=1 if prepared.asked.parallel_tool_calls is False else None,
+                ),
             )
             for i in range(prepared.request.n)
         ]

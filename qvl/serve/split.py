@@ -1,6 +1,6 @@
 """An answer parted into thought, words and tool calls while it comes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from qvl.engine.text import overlap
@@ -50,6 +50,8 @@ class Splitter:
     marks: Mapping[int, str]
     in_thought: bool = False
     reads_calls: bool = True
+    most_calls: int | None = None
+    """What comes beyond is left out (parallel_tool_calls false)."""
     problems: list[str] = field(default_factory=list)
     num_calls: int = 0
     _awaited: list[str] = field(default_factory=list)
@@ -68,7 +70,7 @@ class Splitter:
         if token in self.marks:
             self._awaited.append(self.marks[token])
         self._text += text
-        return list(self._pieces())
+        return self._wanted(self._pieces())
 
     def end(self) -> list[Delta]:
         deltas = list(self._plain(self._text))
@@ -83,7 +85,11 @@ class Splitter:
         elif not (self._is_start and self.num_calls):
             deltas.append(Words(self._held))
             self._held = ""
-        return [delta for delta in deltas if isinstance(delta, CallStart) or delta.text]
+        return self._wanted(delta for delta in deltas if isinstance(delta, CallStart) or delta.text)
+
+    def _wanted(self, deltas: Iterable[Delta]) -> list[Delta]:
+        most = self.most_calls
+        return [d for d in deltas if most is None or not isinstance(d, CallStart | CallArguments) or d.index < most]
 
     def _pieces(self) -> Iterator[Delta]:
         while self._awaited:

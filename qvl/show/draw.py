@@ -125,13 +125,21 @@ def _draw_lines(
     return left, top, right, bottom
 
 
+def _near(pixel: float) -> float:
+    """A corner close before the camera lies anywhere; Pillow walks all the way there."""
+    return max(-1e5, min(1e5, pixel))
+
+
 def _draw_3d(
     pen: ImageDraw.ImageDraw, place: Place, camera: Camera, factor: int, stroke: int, colour: str
 ) -> Rectangle | None:
     corners = corners_3d(place.numbers)
     if min(z for _, _, z in corners) <= 0:  # partly behind the camera: its picture would be no box
         return None
-    flat = [((camera.fx * x / z + camera.cx) * factor, (camera.fy * y / z + camera.cy) * factor) for x, y, z in corners]
+    flat = [
+        (_near(camera.fx * x / z + camera.cx) * factor, _near(camera.fy * y / z + camera.cy) * factor)
+        for x, y, z in corners
+    ]
     edges = [(i, i | 1 << axis) for axis in range(3) for i in range(8) if not i >> axis & 1]
     for width, fill in ((2 * stroke, "black"), (stroke, colour)):
         for a, b in edges:

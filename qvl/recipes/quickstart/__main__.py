@@ -39,6 +39,12 @@ class Options:
     out: Path = Path("runs/quickstart")
     """Emptied first. The checkpoint, report.json and index.html are written there."""
 
+    def __post_init__(self) -> None:
+        if abs(self.seed - HELD_OUT_SEED) < 100:
+            raise ValueError(
+                f"seed is {self.seed}; the questions that judge are drawn from {HELD_OUT_SEED}, take another."
+            )
+
 
 def main(options: Options) -> int:
     """Returns 1 when a floor is broken or transformers answers differently."""

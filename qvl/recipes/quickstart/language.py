@@ -70,7 +70,7 @@ def replay(story: Story, pupil: Pupil) -> dict[str, tuple[Maker, float]]:
     """Prose, told worlds and short needles: what later lessons mix in, so that the language stays, and with it the looking back that
     films and long texts need.
 
-    Half of the told names are pairs of colour and shape that no picture ever shows: the language knows that any shape may have any
+    Half of the told names are pairs of colour and shape that are never named of a picture: the language knows that any shape may have any
     colour, as people's language does. Without them the model sees "red" and never says "circle" (dev/LOG.md).
     """
     told = {name: (of_world(world(name), pupil.processor, seed=story.seed), 1.0) for name in (*SKILLS, "text.appear")}

@@ -58,6 +58,7 @@ def find(story: Story, pupil: Pupil, length: int) -> tuple[float, float, float]:
     """(score, blind score, constant score), each depth as often as the others; blind on a quarter."""
     each = max(12, story.size.questions // 20)
     worlds = [hay(story, pupil, length, depth=depth) for depth in DEPTHS]
-    examples = [world(HELD_OUT_SEED, i, "heldout") for world in worlds for i in range(each)]
+    # Each depth has needles of its own: with the same ones at all eight, a dozen would decide.
+    examples = [world(HELD_OUT_SEED, d * each + i, "heldout") for d, world in enumerate(worlds) for i in range(each)]
     got, without = (story.mean_score(pupil, group) for group in (examples, blind(examples)[::4]))
     return got, without, hay(story, pupil, length).prior.score

@@ -63,7 +63,7 @@ def kept(story: Story, pupil: Pupil, *, after: str) -> None:
 
 
 SKILLS: dict[str, tuple[str, Split, float, float, float]] = {
-    "shapes.name": ("colour and shape, pairs never named", "novel", 0.85, 0.88, 0.99),
+    "shapes.name": ("colour and shape, pairs never named of a picture", "novel", 0.85, 0.88, 0.99),
     "shapes.box": ("one object's box, mean IoU", "heldout", 0.60, 0.76, 0.92),
     "shapes.count": ("how many objects, 1 to 5", "heldout", 0.70, 0.81, 0.95),
     "digits": ("handwritten digit, scans never shown", "heldout", 0.75, 0.88, 0.96),
