@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,7 +55,7 @@ def page(browser: Any, server: Server) -> Iterator[Any]:
     page = context.new_page()
     wrong: list[str] = []
     page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("console", lambda m: wrong.append(m.text) if m.type == "error" and "400" not in m.text else None)
+    page.on("console", lambda m: wrong.append(m.text) if m.type == "error" and not re.search("400|429", m.text) else None)
     page.on(
         "request", lambda r: wrong.append(r.url) if not r.url.startswith((address(server), "data:", "blob:")) else None
     )
@@ -198,6 +199,49 @@ def test_stop_ends_the_answer_and_the_next_one_works(page: Any, server: Server) 
     page.click("#close")
     say(page, "Short.")
     assert "3 tokens" in page.locator(".foot").last.inner_text()
+
+
+def test_a_new_talk_while_an_answer_comes_begins_empty(page: Any) -> None:
+    page.click("#settings")
+    page.fill("#o-max_tokens", "4000")
+    page.click("#close")
+    page.fill("#text", "Tell a long story.")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#send:has-text('Stop')")
+    page.wait_for_function("() => document.querySelector('.turn.assistant .words').textContent")
+    page.click("#new")
+    page.wait_for_selector("#send:has-text('Send')")
+    page.wait_for_timeout(200)  # the old answer's end comes, and is nobody's
+    asked = staged(page, {"content": "Yes."})
+    say(page, "Short.")
+    assert [message["role"] for message in asked[0]["messages"]] == ["user"]
+    assert page.locator(".turn").count() == 2
+
+
+def test_what_was_refused_goes_back_to_where_it_was_written(page: Any, files: Path) -> None:
+    error = {"error": {"message": "Too much.", "type": "invalid_request_error", "param": None, "code": None}}
+    page.route(CHAT, lambda route: route.fulfill(status=400, json=error))
+    add(page, files / "wide.png")
+    page.fill("#text", "What?")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".problem:has-text('Too much.')")
+    assert page.input_value("#text") == "What?" and page.locator(".chip").count() == 1
+    assert page.locator(".turn.user").count() == 0
+    page.locator(".chip button[aria-label^='Remove']").click()
+    page.unroute(CHAT)
+    asked = staged(page, {"content": "Yes."})
+    say(page, "Without.")
+    assert len(asked[0]["messages"]) == 1 and len(asked[0]["messages"][0]["content"]) == 1
+
+
+def test_a_busy_server_does_not_spoil_a_file(page: Any, files: Path) -> None:
+    page.route("**/tokenize", lambda route: route.fulfill(status=429, json={"error": {"message": "Later."}}))
+    page.set_input_files("#files", [str(files / "wide.png")])
+    page.wait_for_selector(".chip .facts span:has-text('Later.')")
+    assert page.locator(".chip .problem").count() == 0
+    asked = staged(page, {"content": "Yes."})
+    say(page, "What?")
+    assert asked[0]["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png")
 
 
 def test_a_talk_can_be_copied_as_python_and_as_curl(page: Any, files: Path, tmp_path: Path) -> None:
