@@ -115,3 +115,8 @@ def test_pixels_and_back_is_the_same_place(places, width, height):
 @given(st.text(st.sampled_from("{}[]\"',: 123bbox_2dpoint\\\n`"), max_size=200))
 def test_no_text_breaks_the_reader(text):
     read_boxes(text)
+
+
+def test_numbers_that_are_no_place_are_left_out() -> None:
+    text = '[{"bbox_2d": [1e308, 0, 1, 1]}, {"bbox_2d": [10, 10, 100, 99999999999]}, {"point_2d": [1, 2]}]'
+    assert read_boxes(text) == relative(Point(1, 2))

@@ -325,6 +325,28 @@ def test_a_processor_saved_and_loaded_is_the_same(small, tmp_path):
     assert (again.style, again.image_budget, again.video_sampling) == ("instruct", SMALL, VideoSampling())
 
 
+def test_the_one_file_of_transformers_5_is_read_and_before_older_ones(small, tmp_path):
+    folder = Path(shutil.copytree(small, tmp_path / "model"))
+    image, video = (json.loads((folder / f"{name}preprocessor_config.json").read_text()) for name in ("", "video_"))
+    image["size"] = {"longest_edge": 2048, "shortest_edge": 1024}
+    whole = {"image_processor": image, "video_processor": video, "processor_class": "Qwen3VLProcessor"}
+    (folder / "processor_config.json").write_text(json.dumps(whole))
+    assert Processor.from_folder(folder).image_budget == ImageBudget(min_tokens=1, max_tokens=2)
+    for name in ("", "video_"):
+        (folder / f"{name}preprocessor_config.json").unlink()
+    assert Processor.from_folder(folder).image_budget == ImageBudget(min_tokens=1, max_tokens=2)
+    Processor.from_folder(folder).save(tmp_path / "out")
+    assert Processor.from_folder(tmp_path / "out").image_budget == ImageBudget(min_tokens=1, max_tokens=2)
+
+
+def test_a_number_of_frames_that_holds_no_more_is_not_saved(small, tmp_path):
+    folder = Path(shutil.copytree(small, tmp_path / "model"))
+    config = json.loads((folder / "video_preprocessor_config.json").read_text())
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(config | {"num_frames": 16, "fps": None}))
+    Processor.from_folder(folder, video_sampling=VideoSampling(fps=2.0)).save(tmp_path / "out")
+    assert Processor.from_folder(tmp_path / "out").video_sampling == VideoSampling(fps=2.0)
+
+
 def test_a_tokenizer_made_in_memory_can_be_written(bare_small, tmp_path):
     tokenizer = Tokenizer.from_folder(bare_small)
     nowhere = Folder(path=tmp_path / "nowhere", template=None, image_config=None, video_config=None)

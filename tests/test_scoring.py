@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qvl.scoring.extract import choice_letter, final_text, last_number, normalised, one_number, short_answer
+from qvl.scoring.numerals import numbers_in
 from qvl.scoring.places import overlap
 from qvl.scoring.registry import SCORERS, score
 from qvl.scoring.times import one_span, times_in
@@ -175,6 +176,71 @@ def test_answers_are_compared_without_case_articles_and_marks() -> None:
 )
 def test_one_number_is_read_or_none(answer: str, value: float | None) -> None:
     assert one_number(answer) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ("forty-five", [45]),
+        ("thirty-one apples, twenty two pears", [31, 22]),
+        ("a hundred and six, a dozen, two dozen", [106, 12, 24]),
+        ("5 million; 1.5 thousand", [5e6, 1500]),
+        ("two thousand three hundred and forty-five", [2345]),
+        ("one two three", [1, 2, 3]),
+        ("twenty and five", [20, 5]),
+        ("forty twelve", [40, 12]),
+        ("hundreds of them", []),
+        ("-3 and five", [-3, 5]),
+    ],
+)
+def test_numbers_are_read_in_digits_and_in_words(text: str, numbers: list[float]) -> None:
+    assert numbers_in(text) == numbers
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("Answer: A\n\nExplanation: the cat is left.", "A"),
+        ("A\n\nThe cat is on the mat.", "A"),
+        ("The correct answer is A\n\nReasoning: it fits.", "A"),
+        ("Answer: A\nThe ray hits wall B first.", "A"),
+        ("The answer is A. It is the cat.", "A"),
+        ("A cat sits there, so B", "B"),
+        ("I think B", "B"),
+        ("The answer is a cat", None),
+    ],
+)
+def test_a_letter_at_the_end_of_its_line_is_no_article(answer: str, letter: str | None) -> None:
+    assert choice_letter(answer, "ABCD") == letter
+
+
+def test_a_long_thought_hides_no_answer() -> None:
+    assert one_number("thinking " * 50_000 + "</think>\n7") == 7.0
+    assert one_number("<think>" + "thinking " * 50_000 + "</think>\n7") == 7.0
+
+
+@pytest.mark.parametrize(
+    ("text", "times"),
+    [
+        ("about 1.5 minutes", [90]),
+        ("1 hour", [3600]),
+        ("1 hour 30 seconds", [3630]),
+        ("500 ms", [0.5]),
+        ("from 1.5 to 2.5 minutes", [90, 150]),
+        ("3 to 5 seconds", [3, 5]),
+        ("2 min 70 seconds", []),
+    ],
+)
+def test_times_in_other_units_are_seconds(text: str, times: list[float]) -> None:
+    assert times_in(text) == pytest.approx(times)
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted", "value"),
+    [("\u7403\u662f\u7ea2\u8272\u7684", "\u7ea2\u8272", 1.0), ("\u662fred\u7684", "red", 1.0), ("colored", "red", 0.0)],
+)
+def test_a_word_is_found_where_words_have_no_spaces_between(said: str, wanted: str, value: float) -> None:
+    assert score("contains", said, {"answer": wanted}) == value
 
 
 def test_the_last_number_is_there_for_those_who_ask_for_it() -> None:

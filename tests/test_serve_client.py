@@ -171,6 +171,50 @@ def test_a_call_can_be_demanded(client: OpenAI, choice: Any) -> None:
         assert (found["content"], found["finish"]) == ("", "tool_calls")
 
 
+def test_a_demanded_calls_parameters_may_have_definitions_and_be_recursive(client: OpenAI) -> None:
+    """As pydantic writes them: "#/$defs/..." and "#" mean the parameters, not the call around them."""
+    day = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 9}}, "required": ["n"]}
+    parameters = {
+        "type": "object",
+        "properties": {"day": {"$ref": "#/$defs/Day"}, "then": {"anyOf": [{"type": "null"}, {"$ref": "#"}]}},
+        "required": ["day", "then"],
+        "additionalProperties": False,
+        "$defs": {"Day": {**day, "additionalProperties": False}},
+    }
+    wait: Any = {"type": "function", "function": {"name": "wait", "parameters": parameters}}
+    asked: dict[str, Any] = {**ASKED, "messages": user("When?"), "tools": [wait], "max_tokens": 300}
+    for seed in range(3):
+        [[name, arguments]] = joined(
+            client.chat.completions.create(
+                **asked, tool_choice="required", parallel_tool_calls=False, seed=seed, stream=True
+            )
+        )["calls"]
+        given = json.loads(arguments)
+        assert name == "wait" and given.keys() == {"day", "then"} and given["day"].keys() == {"n"}
+        assert given["then"] is None or given["then"].keys() == {"day", "then"}
+
+
+def test_a_message_comes_back_as_it_was_given(client: OpenAI, says: Says) -> None:
+    says(quoted('[{"point_2d": [250, 250], "label": "ear"}]'))
+    talk: list[Any] = [*user(image(picture(64, 96)), "Where?")]
+    asked: dict[str, Any] = {**ASKED, "max_tokens": 300, "extra_body": {"grounding": {}}}
+    message = client.chat.completions.create(messages=talk, **asked).choices[0].message
+    for again in (message, message.model_dump()):
+        client.chat.completions.create(messages=[*talk, again, *user("Sure?")], **asked)  # type: ignore[list-item]
+
+
+def test_one_call_is_given_where_no_parallel_ones_are_wanted(client: OpenAI, says: Says) -> None:
+    says(f'{call_of("look", ARGUMENTS[0])} "\\n" {call_of("wait", ARGUMENTS[1])}')
+    asked: dict[str, Any] = {**ASKED, "messages": user("Where?"), "tools": TOOLS, "max_tokens": 300}
+    for wanted, count in ((True, 2), (False, 1)):
+        message = client.chat.completions.create(**asked, parallel_tool_calls=wanted).choices[0].message
+        assert len(message.tool_calls or ()) == count
+        assert (
+            len(joined(client.chat.completions.create(**asked, parallel_tool_calls=wanted, stream=True))["calls"])
+            == count
+        )
+
+
 def test_a_call_that_cannot_be_read_stays_words_and_says_so(client: OpenAI, says: Says) -> None:
     says('<tool_call> "no JSON" </tool_call>')
     asked: dict[str, Any] = {**ASKED, "messages": user("Where?"), "tools": TOOLS}

@@ -55,7 +55,9 @@ def page(browser: Any, server: Server) -> Iterator[Any]:
     page = context.new_page()
     wrong: list[str] = []
     page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("console", lambda m: wrong.append(m.text) if m.type == "error" and not re.search("400|429", m.text) else None)
+    page.on(
+        "console", lambda m: wrong.append(m.text) if m.type == "error" and not re.search("400|429", m.text) else None
+    )
     page.on(
         "request", lambda r: wrong.append(r.url) if not r.url.startswith((address(server), "data:", "blob:")) else None
     )

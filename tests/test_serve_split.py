@@ -43,6 +43,16 @@ def split(
     return joined(deltas), splitter
 
 
+def test_calls_beyond_those_wanted_are_left_out() -> None:
+    call = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+    splitter = Splitter(MARKS, most_calls=1)
+    deltas: list[Delta] = []
+    for piece in ("<tool_call>", '\n{"name": "f", "arguments": {"a": 1}}\n', "</tool_call>", "\n") * 2:
+        for id in [IDS[piece]] if piece in IDS else TOKENIZER.encode_text(piece):
+            deltas += splitter.push(id, piece if piece in IDS else TOKENIZER.decode([id]))
+    assert joined(deltas + splitter.end())[2] == [("f", '{"a": 1}')], call
+
+
 @given(
     st.lists(st.sampled_from(PIECES), max_size=9),
     st.booleans(),

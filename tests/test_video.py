@@ -19,7 +19,7 @@ from media_files import encoded, gradient, numbered_frame, read_number, write_vi
 from memory_watch import MemoryWatch
 from qvl.outside.media import MediaLimits
 from qvl.outside.workers import InProcess, WorkerPool
-from qvl.prompt.image import raster_from
+from qvl.prompt.image import load_image, raster_from
 from qvl.prompt.sampling import VideoMeta, VideoSampling, sample_indices, video_size
 from qvl.prompt.video import frames_video, load_video, slice_label, slice_seconds, video_patches
 
@@ -404,3 +404,19 @@ def test_ten_minutes_of_1080p_stay_within_300_mb(tmp_path: Path) -> None:
           f"{len(visual.frame_indices or ())} frames of {600 * 25}, {spent:.0f} s")  # fmt: skip
     assert visual.frame_indices is not None and len(visual.frame_indices) == 768
     assert memory.rise < 300e6
+
+
+@pytest.mark.parametrize("format", ["matroska", "mp4"])
+def test_the_rate_is_that_of_the_frames_whatever_the_container_would_like(format: str) -> None:
+    times = [round(i * 1000 / 30) for i in range(60)] + [2000 + 1000 * i for i in range(1, 21)]
+    film = io.BytesIO()
+    write_video(film, [numbered_frame(i) for i in range(80)], fps="30", format=format, times=times)
+    found = load_video(film, VideoSampling(fps=2.0))
+    assert found.fps == pytest.approx(79 / 22, rel=0.02)
+    assert found.seconds is not None and found.seconds[-1] == pytest.approx(22, abs=1.5)
+
+
+def test_a_phones_own_format_is_named() -> None:
+    for brand in (b"heic", b"avif"):
+        with pytest.raises(ValueError, match="HEIC or AVIF picture, which is not read: save it as JPEG or PNG"):
+            load_image(io.BytesIO(b"\0\0\0\x18ftyp" + brand + b"\0" * 40))
