@@ -236,6 +236,16 @@ def test_a_thinking_answer_starts_inside_the_thought(thinking):
     assert thinking.parse_answer("<think>\nI add.\n</think>\n\n2").message == assistant("2", thinking="I add.")
 
 
+def test_the_folders_own_template_tells_whether_it_opens_a_thought(bare_small, tmp_path):
+    for style in ("thinking", "instruct"):
+        folder = Path(shutil.copytree(bare_small, tmp_path / style))
+        (folder / "chat_template.jinja").write_text(jinja_template(style))
+        processor = Processor.from_folder(folder, template="folder")
+        assert processor.style is None and processor.starts_in_thought == (style == "thinking")
+    answer = Processor.from_folder(tmp_path / "thinking", template="folder").parse_answer("I add.\n</think>\n\n2")
+    assert answer.message == assistant("2", thinking="I add.")
+
+
 def test_an_instruct_answer_is_words_unless_it_opens_a_thought(instruct):
     assert instruct.parse_answer("It is 2.").message == assistant("It is 2.")
     assert instruct.parse_answer("<think>\nt\n</think>\n\na").message == assistant("a", thinking="t")

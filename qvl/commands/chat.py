@@ -219,7 +219,7 @@ class Talk:
         """The answer into the talk. A template that knows no thoughts gets none back."""
         parsed = self.session.parse(events)
         message = parsed.message
-        if self.session.processor.style != "thinking":
+        if not self.session.processor.starts_in_thought:
             message = Message("assistant", tuple(part for part in message.parts if not isinstance(part, Thinking)))
         self.messages.append(message)
         for problem in parsed.problems:

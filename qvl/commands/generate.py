@@ -284,7 +284,7 @@ class Session:
 
     def parse(self, events: Sequence[Event]) -> Answer:
         """The answer as a message. A stop text can only be cut off the text; without one the ids are read, which are surer."""
-        starts_in_thought = self.processor.style == "thinking"
+        starts_in_thought = self.processor.starts_in_thought
         if self.sampling.stop:
             return parse_answer("".join(event.text for event in events), starts_in_thought=starts_in_thought)
         return self.processor.parse_answer([event.draw.token for event in events])
@@ -292,7 +292,7 @@ class Session:
     def voices(self) -> Voices:
         tokenizer = self.processor.tokenizer
         marks = {tokenizer.control_id(m): m for m in ("<think>", "</think>") if tokenizer.has_control(m)}
-        return Voices(marks, in_thought=self.processor.style == "thinking")
+        return Voices(marks, in_thought=self.processor.starts_in_thought)
 
 
 def processor_of(args: Any) -> Processor:
@@ -328,7 +328,7 @@ def preset_sampling(preset: Preset, folder: Path, model: Qwen3VL, processor: Pro
     return defaults(
         folder,
         preset,
-        is_thinking=processor.style == "thinking",
+        is_thinking=processor.starts_in_thought,
         is_large=sum(p.numel() for p in model.language_model.parameters()) >= 25e9,  # between 8B and 30B-A3B
         is_moe=model.config.text.moe is not None,
     )

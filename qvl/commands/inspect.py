@@ -159,7 +159,7 @@ def ids_of_answer(words: str, processor: Processor) -> list[int]:
     """Words as the model would have written them; under the Thinking template after an empty thought."""
     if not words:
         raise ValueError("the answer is empty; give at least one word.")
-    start = processor.tokenizer.encode_control("\n</think>\n\n") if processor.style == "thinking" else []
+    start = processor.tokenizer.encode_control("\n</think>\n\n") if processor.starts_in_thought else []
     return [*start, *processor.tokenizer.encode_text(words)]
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from qvl.prompt.document import load_document
 from qvl.prompt.folder import Folder, read_folder, write_folder
 from qvl.prompt.foreign import render_foreign
 from qvl.prompt.image import image_patches, load_image
-from qvl.prompt.message import ContentPart, Document, Image, Message, Video
+from qvl.prompt.message import ContentPart, Document, Image, Message, Video, user
 from qvl.prompt.openai import messages_from_dicts
 from qvl.prompt.placeholder import Form, LabelStyle, build_sample, encode, expand_slots, truncate
 from qvl.prompt.sampling import VideoSampling
@@ -160,6 +161,13 @@ class Processor:
             add_vision_id=add_vision_id,
         )
 
+    @cached_property
+    def starts_in_thought(self) -> bool:
+        """Whether answers begin inside a thought that the prompt has opened. Of a folder's own template, a prompt tells."""
+        if self.style is not None:
+            return self.style == "thinking"
+        return rendered_text(self.render([user("?")])).rstrip().endswith("<think>")
+
     def load(
         self, part: Image | Video, *, decoder: Decoder | None = None, opener: Callable[[Any], Any] | None = None
     ) -> Visual:
@@ -182,8 +190,8 @@ class Processor:
         return load_video(open_source(part.source), sampling, decoder)
 
     def parse_answer(self, answer: str | Sequence[int], *, starts_in_thought: bool | None = None) -> Answer:
-        """The model's answer to a prompt here; by default it starts inside the thought under the Thinking template."""
-        inside = self.style == "thinking" if starts_in_thought is None else starts_in_thought
+        """The model's answer to a prompt here; by default it starts inside the thought where the template opens one."""
+        inside = self.starts_in_thought if starts_in_thought is None else starts_in_thought
         return parse_answer(answer, tokenizer=self.tokenizer, starts_in_thought=inside)
 
     def save(self, path: Path | str) -> None:

@@ -48,7 +48,7 @@ class Served:
 
     @property
     def is_thinking(self) -> bool:
-        return self.processor.style == "thinking"
+        return self.processor.starts_in_thought
 
 
 @dataclass(frozen=True, kw_only=True)
