@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from qvl.core.log import log
 from qvl.prompt.tokenizer import Tokenizer
 from qvl.serve.grammar import Grammars
 from tiny_checkpoint import read_tokenizer_once, tiny_checkpoint
@@ -20,6 +21,14 @@ torch.set_num_threads(1)
 # The same examples in every run, and no verdict by the clock: a busy machine is no bug.
 settings.register_profile("house", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("house")
+
+
+@pytest.fixture(autouse=True)
+def log_as_it_was() -> Iterator[None]:
+    """A command sends the log to its own stderr, which here ends with its test; a server of the next one would write there."""
+    yield
+    log.handlers.clear()
+    log.propagate = True
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,6 @@ from qvl.core import device, log
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.LogCaptureFixture]:
     monkeypatch.setattr(log, "_said", set())
-    monkeypatch.setattr(log.log, "propagate", True)
     with caplog.at_level(logging.WARNING, logger="qvl"):
         yield caplog
 
@@ -198,9 +197,7 @@ def test_a_row_that_json_cannot_hold_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "rows.jsonl").read_text() == ""
 
 
-def test_log_lines_to_a_pipe_are_dated(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(log.log, "handlers", [])
-    monkeypatch.setattr(log.log, "propagate", True)
+def test_log_lines_to_a_pipe_are_dated(capsys: pytest.CaptureFixture[str]) -> None:
     log.set_up("info")
     log.log.info("loaded 3 files")
     log.log.debug("not shown")

@@ -299,7 +299,6 @@ def test_without_a_compiler_torch_answers_and_says_so(
         raise NoLibraryError("there is no C++ compiler")
 
     monkeypatch.setattr(kernels, "shared_library", refuse)
-    monkeypatch.setattr("qvl.core.log.log.propagate", True)
     monkeypatch.setattr("qvl.core.log._said", set())
     owner = model()
     by_torch = engine_logprobs(owner, with_kernels=False, n=2)

@@ -15,7 +15,6 @@ from openai import OpenAI
 from media_files import numbered_frame, write_video
 from qvl.commands import serve
 from qvl.commands.serve import GIB, Serve, cache_gib
-from qvl.core import log
 from qvl.prompt import video as prompt_video
 from qvl.serve.run import Server
 from serve_doubles import address, data_uri, noise, running
@@ -64,7 +63,6 @@ def test_it_says_before_it_listens_what_fits(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, flags: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(serve, "free_memory_bytes", lambda: int(0.1 * GIB))
-    monkeypatch.setattr(log.log, "propagate", True)
     with caplog.at_level(logging.INFO, logger="qvl"), running(tiny_folder, **flags) as server:
         pass
     # Once each: the command line, if a test before this one used it, hears them too.

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from data_files import processor, texts, write_shards
-from qvl.core.log import log
 from qvl.data.index import fingerprint, read_index
 from qvl.data.mixture import Mixture, mixture_from_dict
 from qvl.engine.generate import Generation
@@ -135,9 +134,7 @@ def test_own_texts_come_round_at_most_four_times(
     small: Processor,
     model: Qwen3VL,
     caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(log, "propagate", True)
     many = choice(tmp_path, run_tokens=10**6, samples=8)
     mixed = with_replay(mine(tmp_path, small), many, model, small, ALONE)
     (shard,) = (tmp_path / "replay").glob("self-*/*.tar")
