@@ -121,10 +121,12 @@ def story(reports: list[dict[str, Any]]) -> str:
         cells = [skill["chapter"], re.split(r" \(|:| in [\d,]+ tokens", skill["skill"])[0]]
         cells += [f"{skill[key]:.3g}" for key in ("floor", "promise")]
         cells += [f"{run['chapters'][number]['got']:.3f}" for run in runs[0]]
-        cells += [f"{run['chapters'][number][key]:.3g}" for run in runs[1] for key in ("promise", "got")]
+        for run in runs[1]:
+            told = run["chapters"][number]
+            cells += [f"{told['promise']:.3g}", f"{told['got']:.3f}"]
         rows.append(tuple(cells))
     head = ["chapter", "skill", "floor", "promise", *(f"seed {run['seed']}" for run in runs[0])]
-    head += [name for run in runs[1] for name in ("`make story` promises", f"seed {run['seed']}")]
+    head += [name for run in runs[1] for name in ("`make story` promises", f"and got, seed {run['seed']}")]
     minutes = ["", "minutes", "", "", *(f"{run['seconds'] / 60:.0f}" for run in runs[0])]
     minutes += [cell for run in runs[1] for cell in ("", f"{run['seconds'] / 60:.0f}")]
     return _table(tuple(head), [*rows, tuple(minutes)])
