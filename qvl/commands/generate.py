@@ -2,8 +2,8 @@
 
 import json
 import shlex
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -494,16 +494,11 @@ class Watched:
     def limits(self) -> MediaLimits:
         return self.inner.limits
 
-    def run(self, job: str, stream: BinaryIO, **options: Any) -> Iterator[tuple[dict[str, Any], Any]]:
+    def run(self, job: str, stream: BinaryIO, **options: Any) -> Generator[tuple[dict[str, Any], Any]]:
         total = len(options.get("wanted") or options.get("pages") or ())
         word = "page" if "pages" in options else "frame"
-        messages = self.inner.run(job, stream, **options)
-        try:
+        with closing(self.inner.run(job, stream, **options)) as messages:
             for done, message in enumerate(messages, 1):
                 if total:
                     self.say(f"decoding {word} {min(done, total):,} of {total:,}")
                 yield message
-        finally:
-            close = getattr(messages, "close", None)
-            if close is not None:
-                close()

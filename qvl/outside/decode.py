@@ -1,6 +1,6 @@
 """The table of decoding jobs, the same for a worker process and for a trusted caller's own process."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, BinaryIO
 
 from qvl.outside.decode_image import image
@@ -21,7 +21,7 @@ JOBS: dict[str, Job] = {
 
 def run_job(
     jobs: dict[str, Job], name: str, stream: BinaryIO, limits: MediaLimits, options: dict[str, Any]
-) -> Iterator[Message]:
+) -> Generator[Message]:
     """The messages of a job on a file, from its start."""
     if name not in jobs:
         raise ValueError(f"there is no decoding job {name!r}; there are {', '.join(sorted(jobs))}.")

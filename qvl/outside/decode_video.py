@@ -262,6 +262,7 @@ def _animation_frames(stream: BinaryIO, limits: MediaLimits, wanted: list[int]) 
         for number in wanted:
             if not _seek_frame(picture, number, limits):
                 raise MediaError(BROKEN)
+            picture.load()  # a damaged GIF may turn from RGB to RGBA only now
             pixels = np.array(rgb(picture))
             converted += 1
             yield {"height": pixels.shape[0], "width": pixels.shape[1], "time": number, "exact": True}, pixels

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, Self, cast
@@ -27,7 +27,7 @@ class Decoder(Protocol):
     @property
     def limits(self) -> MediaLimits: ...
 
-    def run(self, job: str, stream: BinaryIO, **options: Any) -> Iterator[Message]: ...
+    def run(self, job: str, stream: BinaryIO, **options: Any) -> Generator[Message]: ...
 
 
 class InProcess:
@@ -36,7 +36,7 @@ class InProcess:
     def __init__(self, limits: MediaLimits | None = None) -> None:
         self.limits = limits or MediaLimits()
 
-    def run(self, job: str, stream: BinaryIO, **options: Any) -> Iterator[Message]:
+    def run(self, job: str, stream: BinaryIO, **options: Any) -> Generator[Message]:
         return run_job(JOBS, job, stream, self.limits, options)
 
 
@@ -61,7 +61,7 @@ class WorkerPool:
             self._free.put(None)
         self._size = size
 
-    def run(self, job: str, stream: BinaryIO, **options: Any) -> Iterator[Message]:
+    def run(self, job: str, stream: BinaryIO, **options: Any) -> Generator[Message]:
         worker = self._free.get()
         healthy = False
         try:

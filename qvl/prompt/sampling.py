@@ -14,6 +14,10 @@ from qvl.prompt.visual import FACTOR, FRAMES
 PIXELS_PER_VIDEO_TOKEN = PIXELS_PER_TOKEN * FRAMES
 
 
+LONGEST = 1e9
+"""Seconds, thirty years: sums of larger times are no numbers any more."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class VideoMeta:
     """What must be known of a video before frames can be chosen. Nothing here has a default that could be wrong."""
@@ -33,7 +37,7 @@ class VideoMeta:
                 raise ValueError(
                     f"the video has {self.num_frames} frames and {len(self.seconds)} times; give one time for each frame."
                 )
-            if any(not math.isfinite(s) or s < 0 for s in self.seconds) or list(self.seconds) != sorted(self.seconds):
+            if any(not 0 <= s <= LONGEST for s in self.seconds) or list(self.seconds) != sorted(self.seconds):
                 raise ValueError("the frame times are not ascending seconds from 0; sort the frames by time.")
 
     def time(self, index: int) -> float:

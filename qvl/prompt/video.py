@@ -1,6 +1,6 @@
 """A video, from a file or from frames, to patches with times. Frames are resized as they come; only their patches are kept."""
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import chain, pairwise
@@ -46,8 +46,9 @@ def load_video(
             # Frames before the first key frame cannot be reached by a jump: they ask for the first key frame and wait.
             keys = starts[np.maximum(np.searchsorted(starts, wanted, side="right") - 1, 0)].tolist()
         inexact: list[int] = []
-        # Closed at once where it is broken off: a worker that still decodes is nobody's.
-        with closing(_decoded(decoder.run("video_frames", stream, wanted=wanted, keys=keys), inexact)) as frames:
+        # Closed at once where it is broken off, whoever still holds the error: until then its worker serves nobody else.
+        with closing(decoder.run("video_frames", stream, wanted=wanted, keys=keys)) as messages:
+            frames = _decoded(messages, inexact)
             visual = video_patches(frames, meta, sampling, indices=indices, most_tokens=most_tokens)
     notes = list(facts["notes"])
     if inexact:
@@ -173,7 +174,7 @@ def _place(raster: Tensor, pairs: Tensor, number: int) -> None:
     pairs[number // FRAMES, :, number % FRAMES] = fold_bytes(raster)
 
 
-def _decoded(messages: Iterable[tuple[dict[str, Any], Any]], inexact: list[int]) -> Generator[Tensor]:
+def _decoded(messages: Iterable[tuple[dict[str, Any], Any]], inexact: list[int]) -> Iterable[Tensor]:
     for header, buffer in messages:
         if "height" in header:
             if not header["exact"]:

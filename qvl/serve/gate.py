@@ -134,7 +134,11 @@ class Gate:
         """The whole body, which may neither be too large, nor hold too many values, nor take too long. It counts as held."""
         limits, values = self.door.limits, ValueCount()
         most = limits.max_body_bytes
-        too_large = Refusal(413, f"The request has more than the {most:,} bytes allowed; send smaller media.")
+        # Of a body that does not say its length there is no knowing how much would still come.
+        parting = {} if "content-length" in headers else {"Connection": "close"}
+        too_large = Refusal(
+            413, f"The request has more than the {most:,} bytes allowed; send smaller media.", headers=parting
+        )
         promised = headers.get("content-length", "0")
         if promised.isdigit() and int(promised) > most:
             raise too_large
@@ -154,7 +158,8 @@ class Gate:
                     if size > most:
                         raise too_large
                     if values.push(chunk) > limits.max_values:
-                        raise Refusal(413, f"The request has more than the {limits.max_values:,} values allowed.")
+                        words = f"The request has more than the {limits.max_values:,} values allowed."
+                        raise Refusal(413, words, headers=parting)
                     if not message.get("more_body", False):
                         return b"".join(chunks)
         except TimeoutError as error:
