@@ -42,7 +42,12 @@ class Difference:
 
     @property
     def is_seen(self) -> bool:
-        return self.margin is not None and abs(self.difference) > self.margin
+        return self.margin is not None and abs(self.difference) > self.margin and not self.is_constant
+
+    @property
+    def is_constant(self) -> bool:
+        """Equal in every seed, as coarse probes may be by chance: there is nothing to judge the difference by."""
+        return self.error is not None and self.error < 1e-9
 
     @property
     def verdict(self) -> str:
@@ -56,7 +61,9 @@ class Difference:
             is_arm = (self.difference < 0) == self.is_less_better
             better = self.arm if is_arm else self.against
             return f"{better} better by {abs(self.difference):.3g} +- {self.error:.2g}"
-        if self.error == 0:
+        if self.is_constant and abs(self.difference) > 1e-9:
+            return f"{self.arm} less {self.against} is {self.difference:+.3g} in every seed, and nothing says how much of it is chance"
+        if self.is_constant:
             return "the same in every seed"
         return f"no difference seen ({self.difference:+.3g} +- {self.error:.2g}); {self.seeds} seeds would have seen {self.least_seen:.2g}"
 
