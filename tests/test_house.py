@@ -223,9 +223,9 @@ def test_the_story_block_puts_seeds_side_by_side_and_the_long_story_beside_its_o
     first = quick | {"seed": 0, "chapters": [skill | {"got": 0.8123}]}
     long = quick | {"size": "story", "seconds": 7200, "chapters": [skill | {"promise": 0.95, "got": 1.0}]}
     assert blocks.story([long, quick, first]).splitlines() == [
-        "| chapter | skill | floor | promise | seed 0 | seed 1 | `make story` promises | seed 1 |",
+        "| chapter | skill | floor | promise | seed 0 | seed 1 | `make story` promises | and got, seed 1 |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
-        "| S3 | tagged needle | 0.75 | 0.9 | 0.812 | 0.800 | 0.95 | 1 |",
+        "| S3 | tagged needle | 0.75 | 0.9 | 0.812 | 0.800 | 0.95 | 1.000 |",
         "|  | minutes |  |  | 12 | 12 |  | 120 |",
     ]
     assert "make quickstart" in blocks.story([])
