@@ -43,11 +43,10 @@ def video_facts(stream: BinaryIO, limits: MediaLimits) -> Iterator[Message]:
         numbered = len(set(known)) < num_frames or track.time_base is None
         unit = track.time_base or Fraction(1)
         fps = float(track.average_rate or 0)
-        if not numbered and len(known) > 1:
+        if not fps or (not numbered and len(known) > 1):
             # Matroska says the rate it would like to have; where the times say another, they are right.
             true = _rate(sorted(known), unit)
-            fps = fps if fps and abs(fps / true - 1) < NEAR else true
-        fps = fps or _rate(sorted(known), unit)
+            fps = fps if abs(fps / true - 1) < NEAR else true
         header = {
             "num_frames": num_frames,
             "fps": fps,

@@ -12,8 +12,6 @@ from qvl.prompt.budget import PIXELS_PER_TOKEN, check_ratio, read_areas
 from qvl.prompt.visual import FACTOR, FRAMES
 
 PIXELS_PER_VIDEO_TOKEN = PIXELS_PER_TOKEN * FRAMES
-
-
 LONGEST = 1e9
 """Seconds, thirty years: sums of larger times are no numbers any more."""
 

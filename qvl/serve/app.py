@@ -24,7 +24,7 @@ from pydantic_core import from_json
 import qvl
 from qvl.serve.chat import Cook
 from qvl.serve.engine_thread import EngineThread, Ticket
-from qvl.serve.errors import Refusal, busy, error_body
+from qvl.serve.errors import Refusal, busy, error_body, gone
 from qvl.serve.gate import Door, Gate
 from qvl.serve.metrics import CONTENT_TYPE, Metrics, Watch
 from qvl.serve.protocol import ChatRequest, TokenizeRequest
@@ -115,11 +115,10 @@ def make_app(cook: Cook, thread: EngineThread, metrics: Metrics, *, door: Door, 
     app.router.route_class = JsonRoute
     _handle_errors(app)
     _routes(app, service)
+    # FastAPI's own 422 is never given: a wrong field is a 400 here, as OpenAI's clients expect.
     for route in app.openapi()["paths"].values():
         for operation in route.values():
-            operation["responses"].pop(
-                "422", None
-            )  # FastAPI's own; a wrong field is a 400 here, as OpenAI's clients expect
+            operation["responses"].pop("422", None)
     app.add_middleware(Gate, door=door, metrics=metrics, is_draining=lambda: thread.is_draining)  # type: ignore[arg-type]
     return app
 
@@ -225,7 +224,7 @@ async def until_gone(request: Request, work: Awaitable[T]) -> T:
         await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise Refusal(408, "The client went away.")
+        raise gone()
     finally:
         for other in (task, watcher):
             if not other.done():

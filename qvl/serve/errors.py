@@ -44,6 +44,11 @@ def busy(message: str, seconds: int = 1) -> Refusal:
     return Refusal(429, message, code="overloaded", headers={"Retry-After": str(seconds)})
 
 
+def gone() -> Refusal:
+    """Ends the work for a client that nobody can tell any more."""
+    return Refusal(408, "The client went away.")
+
+
 def draining() -> Refusal:
     return Refusal(503, "The server is shutting down.", code="draining", headers={"Retry-After": "5"})
 

@@ -19,7 +19,7 @@ from qvl.prompt.processor import Processor, image_budget_for, video_sampling_for
 from qvl.prompt.sampling import VideoSampling
 from qvl.prompt.video import frames_video, load_video
 from qvl.prompt.visual import Visual
-from qvl.serve.errors import Refusal, safe_sentence
+from qvl.serve.errors import Refusal, gone, safe_sentence
 from qvl.serve.limits import Limits
 
 FRAMES_PATIENCE = 5
@@ -231,7 +231,7 @@ class _Frames(Sequence[BinaryIO]):
 
 def _stop_if(is_cancelled: Callable[[], bool]) -> None:
     if is_cancelled():
-        raise Refusal(408, "The client went away.")
+        raise gone()
 
 
 def media_key(visual: Visual) -> bytes:

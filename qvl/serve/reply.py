@@ -11,6 +11,7 @@ from qvl.engine.sampling import Draw
 from qvl.prompt.coordinates import Boxes, item_to_dict, read_boxes
 from qvl.prompt.tokenizer import Tokenizer
 from qvl.serve.chat import Prepared, Served
+from qvl.serve.engine_thread import BROKEN
 from qvl.serve.errors import Refusal, draining
 from qvl.serve.grammar import STRAYED
 from qvl.serve.metrics import Watch
@@ -198,7 +199,7 @@ def failed(said: str | None) -> Refusal:
     """Why an answer has no good end: a schema that cannot be followed is the client's, all else is ours."""
     if said == STRAYED:
         return Refusal(400, said, code="schema")
-    return Refusal(500, said or "The model failed on this request.", code="engine")
+    return Refusal(500, said or BROKEN, code="engine")
 
 
 def grounding(boxes: Boxes, width: int, height: int) -> dict[str, Any]:
