@@ -1,5 +1,6 @@
 """The engine's own CPU kernels: what the plain forward gives, as near as bf16 is fine, and torch's kernels where they do not run."""
 
+import copy
 import ctypes
 import math
 from collections.abc import Iterator
@@ -14,11 +15,12 @@ from torch import Tensor
 from qvl.core.batch import Sample
 from qvl.engine import kernels
 from qvl.engine.engine import Engine, EngineSettings
-from qvl.engine.kernels import Kernels, Next, attend_many, fits, library, vision_kernel
+from qvl.engine.kernels import Kernels, Next, attend_many, fits, library
 from qvl.engine.kv_cache import KVCache, new_cache
 from qvl.engine.prepare import drop, prepare, refresh, rounded
 from qvl.engine.request import Request
 from qvl.engine.sampling import Best, Draw, Sampler, Sampling
+from qvl.engine.tower import vision_block
 from qvl.model.attention import Packed, reference
 from qvl.model.config import preset
 from qvl.model.layers import Linear, RoundedWeight
@@ -135,15 +137,32 @@ def test_a_chunk_of_a_prompt_sees_what_the_reference_lets_it_see(
 
 
 @has_kernels
+@pytest.mark.parametrize("weights", ["plain", "packed", "adapted"])
 @pytest.mark.parametrize("lengths", [(64,), (4, 4, 4), (100, 36), (16, 0, 300)])
-def test_the_patches_of_a_frame_see_each_other_in_full(lengths: tuple[int, ...]) -> None:
+def test_a_block_of_the_tower_gives_what_the_plain_one_gives(lengths: tuple[int, ...], weights: str) -> None:
+    owner = new_model(model().config, dtype=torch.bfloat16).requires_grad_(False)
+    if weights == "adapted":
+        add_adapter(owner, LoraConfig(r=2, target_modules=r".*visual\.blocks.*(qkv|proj|fc1|fc2)"))
     draw, total = torch.Generator().manual_seed(0), sum(lengths)
-    q, k, v = (torch.randn(total, 3, 64, generator=draw).bfloat16() for _ in range(3))
-    layout = Packed(lengths, is_causal=False)
-    attend = vision_kernel(model())
-    assert attend is not None
-    expected = reference(q.float(), k.float(), v.float(), layout)
-    torch.testing.assert_close(attend(q, k, v, layout).float(), expected, atol=0.02, rtol=0.02)
+    for name, parameter in owner.visual.named_parameters():
+        parameter.data.normal_(0, 0.1 if name.endswith("bias") else 0.06, generator=draw)
+    run_block, block, layout = vision_block(owner), owner.visual.blocks[0], Packed(lengths, is_causal=False)
+    assert run_block is not None
+    width, head = owner.config.vision.hidden_size, owner.config.vision.head_dim  # type: ignore[union-attr]
+    x_PC = torch.randn(total, width, generator=draw).bfloat16()
+    angle_PH = torch.rand(total, head // 2, generator=draw).repeat(1, 2) * 6
+    angles = angle_PH.cos(), angle_PH.sin()
+    with torch.inference_mode():
+        plain = block(x_PC, *angles, layout).float()
+        truth = copy.deepcopy(block).float()(x_PC.float(), *angles, layout)
+    if weights == "packed":
+        prepare(owner, pack=True, free=True)
+    with torch.inference_mode():
+        ours = run_block(block, x_PC, *angles, layout).float()
+    noise, moved = (plain - truth).abs(), (truth - x_PC.float()).abs().mean()
+    assert moved > 20 * noise.mean()
+    assert (ours - truth).abs().mean() < 1.1 * noise.mean()
+    assert (ours - truth).abs().max() < 1.5 * noise.max()
 
 
 @has_kernels
@@ -161,6 +180,20 @@ def test_keys_may_lie_head_by_head_and_nothing_behind_the_last_is_read() -> None
     attend_many(loaded, q, far_k[:70], far_v[:70], far)
     assert far_k.stride() == (64, 200 * 64, 1)
     assert torch.equal(near, far)
+
+
+@has_kernels
+@pytest.mark.parametrize("where", ["query", "key", "value"])
+def test_what_is_no_number_is_not_passed_over(where: str) -> None:
+    draw = torch.Generator().manual_seed(0)
+    parts = {name: torch.randn(70, 2, 64, generator=draw).bfloat16() for name in ("query", "key", "value")}
+    parts[where][30, 1, 5] = math.nan
+    out, loaded = torch.empty_like(parts["query"]), library()
+    assert loaded is not None
+    attend_many(loaded, *parts.values(), out)
+    is_bad = out.isnan().any(-1)
+    assert not is_bad[:, 0].any()
+    assert is_bad[30, 1] and (where == "query" or is_bad[30:, 1].all())
 
 
 @has_kernels

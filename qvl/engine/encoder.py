@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import torch
 
 from qvl.core.batch import Batch, Sample
-from qvl.model.attention import Kernel
 from qvl.model.config import ModelConfig
+from qvl.model.layers import RunBlock
 from qvl.model.pack import frame_lengths
 from qvl.model.qwen3vl import Qwen3VL
 from qvl.model.vision import VisualFeatures, frame_chunks, joined
@@ -69,8 +69,8 @@ def visuals_of(
 class Encoder:
     """The vision tower behind a cache bounded in bytes, least recently used out first."""
 
-    def __init__(self, model: Qwen3VL, max_bytes: int, kernel: Kernel | None = None) -> None:
-        self.model, self.max_bytes, self.kernel = model, max_bytes, kernel
+    def __init__(self, model: Qwen3VL, max_bytes: int, run_block: RunBlock | None = None) -> None:
+        self.model, self.max_bytes, self.run_block = model, max_bytes, run_block
         self.kept: OrderedDict[tuple[bytes, int], VisualFeatures] = OrderedDict()
         self.num_bytes = 0
         self.num_asked = 0
@@ -111,7 +111,7 @@ class Encoder:
             grid_I3=grid_I3,
             frame_lengths=frame_lengths(grid_I3),
         )
-        return self.model.encode(batch.to(self.model.device), max_patches=GROUP_PATCHES, kernel=self.kernel)
+        return self.model.encode(batch.to(self.model.device), max_patches=GROUP_PATCHES, run_block=self.run_block)
 
     def _keep(self, key: tuple[bytes, int], features: VisualFeatures) -> None:
         size = num_bytes(features)

@@ -8,13 +8,13 @@ from qvl.core.log import log
 from qvl.engine.answer import Answer
 from qvl.engine.blocks import BlockManager
 from qvl.engine.encoder import Encoder, visuals_of
-from qvl.engine.kernels import vision_kernel
 from qvl.engine.kv_cache import KVCache, bytes_per_block, new_cache
 from qvl.engine.request import Event, Request, check, ended, rows_of_visuals
 from qvl.engine.runner import Failure, Mode, Prompt, Runner, prompt_of
 from qvl.engine.sampling import Best
 from qvl.engine.scheduler import QueueFull, Scheduler
 from qvl.engine.sequence import Sequence, Span
+from qvl.engine.tower import vision_block
 from qvl.model.config import ModelConfig
 from qvl.model.positions import placeholder_runs
 from qvl.model.qwen3vl import Qwen3VL
@@ -137,8 +137,8 @@ class Engine:
             prompt_names_only=self.settings.mode == "exact",
         )
         own = self.settings.kernels and self.settings.mode == "fast"
-        kernel = vision_kernel(model) if own else None
-        self.encoder = Encoder(model, int(self.settings.encoder_cache_gib * GIB), kernel)
+        run_block = vision_block(model) if own else None
+        self.encoder = Encoder(model, int(self.settings.encoder_cache_gib * GIB), run_block)
         self.runner = Runner(model, self.cache, mode=self.settings.mode, encoder=self.encoder, kernels=own)
         self._tasks: dict[str, _Task] = {}
         self._pending: list[Event] = []

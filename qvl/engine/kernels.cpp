@@ -353,6 +353,7 @@ void attend(const bf16* q, const bf16* key, const bf16* value, const int64_t* bl
 // neighbouring numbers of a key, of neighbouring tokens of a value. The rows of a block are (query, head of its group)
 // in turn, so that heads that share keys share work.
 constexpr int kTile = 64, kTogether = 6, kRows = 48;
+constexpr float kAbove = 8;
 
 // out (6, 64) = or += a (6, 2 * pairs) b, where b is (pairs, columns, 2) and 64 of its columns are met.
 inline void multiply(const bf16* a, int64_t a_row, const bf16* b, int64_t columns, int64_t pairs, float* out,
@@ -401,45 +402,48 @@ struct Queries {
     alignas(64) float score[kRows * kTile];
     alignas(64) bf16 weight[kRows * kTile];
     alignas(64) float mixed[kRows * 128];
-    float top[kRows], total[kRows];
+    alignas(64) float total[kRows * 16];  // in sixteen parts
+    float top[kRows];
     int64_t last[kRows];  // the last key that a row sees
 };
 
-// Weights of one row for 64 keys, of which it sees the first `seen`; brings its top, total and mixed up to date.
+// 2^x for x up to 126: 2^floor(x) by the exponent, 2^r with 0 <= r < 1 by a cubic (error 1e-4 of the value, a twentieth of
+// what rounding to bf16 adds). 0 for -inf, NaN for NaN.
+inline __m512 exp2(__m512 x) {
+    __m512 r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC), p = _mm512_set1_ps(0.07802452f);
+    for (float c : {0.22606719f, 0.6958335f, 0.9999252f}) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+    return _mm512_scalef_ps(p, x);
+}
+
+// Weights of one row for 64 keys, of which it sees the first `seen`; brings its top, total and mixed up to date. Scores
+// times `scale` are powers of two. The top moves only when a score is more than kAbove over it, so that the largest of
+// 64 scores need not be found for each row: weights up to 2^kAbove do no harm.
+template <bool kAll>  // it sees all of them
 inline void soften(Queries& s, int64_t r, int64_t seen, int64_t width, float scale) {
-    float* score = s.score + r * kTile;
-    __m512 x[4], low = _mm512_set1_ps(-INFINITY);
+    __m512 x[4];
 #pragma GCC unroll 4
     for (int c = 0; c < 4; c++) {
-        x[c] = _mm512_mul_ps(_mm512_load_ps(score + 16 * c), _mm512_set1_ps(scale));
-        if (seen < kTile) {
-            int64_t left = std::clamp<int64_t>(seen - 16 * c, 0, 16);
-            x[c] = _mm512_mask_mov_ps(low, (1 << left) - 1, x[c]);
-        }
+        x[c] = _mm512_load_ps(s.score + r * kTile + 16 * c);
+        __mmask16 sees = kAll ? 0xFFFF : (1 << std::clamp<int64_t>(seen - 16 * c, 0, 16)) - 1;
+        if (!kAll) x[c] = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), sees, x[c]);
     }
-    float top =
-        std::max(s.top[r], _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(x[0], x[1]), _mm512_max_ps(x[2], x[3]))));
-    __m512 sum = _mm512_setzero_ps();
+    float* total = s.total + 16 * r;
+    __m512 high = _mm512_max_ps(_mm512_max_ps(x[0], x[1]), _mm512_max_ps(x[2], x[3]));
+    if (_mm512_cmp_ps_mask(high, _mm512_set1_ps((s.top[r] + kAbove) / scale), _CMP_GT_OQ)) {
+        float top = _mm512_reduce_max_ps(high) * scale;
+        __m512 shrink = _mm512_set1_ps(std::exp2(s.top[r] - top));
+        s.top[r] = top;
+        _mm512_store_ps(total, _mm512_mul_ps(_mm512_load_ps(total), shrink));
+        for (float* mixed = s.mixed + r * 128; mixed < s.mixed + r * 128 + width; mixed += 16)
+            _mm512_store_ps(mixed, _mm512_mul_ps(_mm512_load_ps(mixed), shrink));
+    }
+    __m512 top = _mm512_set1_ps(s.top[r]);
 #pragma GCC unroll 4
-    for (int c = 0; c < 4; c++) {
-        // exp() ends at e^-88, which is no number that bf16 weights would notice, but what is not seen must weigh
-        // nothing
-        x[c] = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x[c], low, _CMP_NEQ_OQ),
-                                   exp(_mm512_sub_ps(x[c], _mm512_set1_ps(top))));
-        sum = _mm512_add_ps(sum, x[c]);
-    }
+    for (int c = 0; c < 4; c++) x[c] = exp2(_mm512_fmsub_ps(x[c], _mm512_set1_ps(scale), top));
+    __m512 sum = _mm512_add_ps(_mm512_add_ps(x[0], x[1]), _mm512_add_ps(x[2], x[3]));
+    _mm512_store_ps(total, _mm512_add_ps(_mm512_load_ps(total), sum));
     for (int c = 0; c < 4; c += 2)
         _mm512_store_si512(s.weight + r * kTile + 16 * c, (__m512i)_mm512_cvtne2ps_pbh(x[c + 1], x[c]));
-    if (top > s.top[r]) {
-        float shrink = std::exp(s.top[r] - top);
-        s.total[r] *= shrink;
-        s.top[r] = top;
-        for (int64_t h = 0; h < width; h += 16) {
-            float* mixed = s.mixed + r * 128 + h;
-            _mm512_store_ps(mixed, _mm512_mul_ps(_mm512_load_ps(mixed), _mm512_set1_ps(shrink)));
-        }
-    }
-    s.total[r] += _mm512_reduce_add_ps(sum);
 }
 
 }  // namespace
@@ -516,15 +520,15 @@ void project(const void* weight, const float* scale, const bf16* x, bf16* out, i
         linear({weight, scale}, x, out, rows, width, outputs, low, std::min(low + kChunk, outputs), false);
 }
 
-// Queries (count, heads, width) of one sequence, the last `count` of its `total` tokens, over its keys and values,
-// which lie `row` apart from token to token and `head` apart from head to head. Each sees what is not behind it, or
+// Queries (count, heads, width) of one sequence, the last `count` of its `total` tokens and `q_row` apart, over its keys
+// and values, which lie `row` apart from token to token and `head` apart from head to head. Each sees what is not behind it, or
 // everything where not `causal`. `scratch` holds 2 * width * (total rounded up to 64) numbers.
 void attend_many(const bf16* q, const bf16* key, const bf16* value, bf16* out, int64_t count, int64_t total,
-                 int64_t heads, int64_t kv_heads, int64_t width, int64_t row, int64_t head, int64_t causal,
+                 int64_t heads, int64_t kv_heads, int64_t width, int64_t q_row, int64_t row, int64_t head, int64_t causal,
                  bf16* scratch, int threads) {
     const int64_t groups = heads / kv_heads, tiles = (total + kTile - 1) / kTile, rows = count * groups,
                   tile_size = kTile * width;
-    const float scale = 1.0f / std::sqrt((float)width);
+    const float scale = 1.44269504f / std::sqrt((float)width);  // 1.44: of powers of two
     bf16 *keys = scratch, *values = scratch + tiles * tile_size;
 #pragma omp parallel num_threads(threads)
     {
@@ -541,26 +545,30 @@ void attend_many(const bf16* q, const bf16* key, const bf16* value, bf16* out, i
             for (int64_t first = (rows - 1) / kRows * kRows; first >= 0; first -= kRows) {
                 for (int64_t r = 0; r < kRows; r++) {
                     int64_t at = std::min(first + r, rows - 1), token = at / groups;
-                    std::copy_n(q + (token * heads + n * groups + at % groups) * width, width, s->query + r * width);
+                    std::copy_n(q + token * q_row + (n * groups + at % groups) * width, width, s->query + r * width);
                     s->last[r] = causal ? total - count + token : total - 1;
-                    s->top[r] = -INFINITY, s->total[r] = 0;
+                    s->top[r] = -INFINITY;
                 }
                 std::fill_n(s->mixed, kRows * 128, 0.0f);
+                std::fill_n(s->total, kRows * 16, 0.0f);
                 for (int64_t t = 0; t * kTile <= s->last[kRows - 1]; t++) {
-                    for (int64_t r = 0; r < kRows; r += kTogether)
+                    for (int64_t r = 0; r < kRows; r += kTogether) {
                         multiply(s->query + r * width, width, keys + t * tile_size, kTile, width / 2,
                                  s->score + r * kTile, kTile, false);
-                    for (int64_t r = 0; r < kRows; r++) soften(*s, r, s->last[r] + 1 - t * kTile, width, scale);
-                    for (int64_t h = 0; h < width; h += 64)
-                        for (int64_t r = 0; r < kRows; r += kTogether)
+                        for (int64_t i = r; i < r + kTogether; i++) {
+                            int64_t seen = s->last[i] + 1 - t * kTile;
+                            (seen >= kTile ? soften<true> : soften<false>)(*s, i, seen, width, scale);
+                        }
+                        for (int64_t h = 0; h < width; h += 64)
                             multiply(s->weight + r * kTile, kTile, values + t * tile_size + 2 * h, width, kTile / 2,
                                      s->mixed + r * 128 + h, 128, true);
+                    }
                 }
                 for (int64_t r = 0; r < std::min<int64_t>(kRows, rows - first); r++) {
                     bf16* to = out + ((first + r) / groups * heads + n * groups + (first + r) % groups) * width;
+                    __m512 share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(_mm512_load_ps(s->total + 16 * r)));
                     for (int64_t h = 0; h < width; h += 16)
-                        narrow(to + h, _mm512_mul_ps(_mm512_load_ps(s->mixed + r * 128 + h),
-                                                     _mm512_set1_ps(1.0f / s->total[r])));
+                        narrow(to + h, _mm512_mul_ps(_mm512_load_ps(s->mixed + r * 128 + h), share));
                 }
             }
         }
@@ -581,6 +589,21 @@ void place_rows(const Shape* shape, const bf16* q_norm, const bf16* k_norm, cons
 #pragma omp parallel for num_threads(threads)
     for (int64_t m = 0; m < rows; m++)
         for (int64_t n = 0; n < shape->heads + shape->kv_heads; n++) place(*shape, rotation, m, n);
+}
+
+// The first `heads` of each row, (a, b) -> (a cos - b sin, b cos + a sin) in place; cos and sin (rows, width), the second
+// half as the first.
+void turn_rows(bf16* x, const float* cos, const float* sin, int64_t rows, int64_t row, int64_t heads, int64_t width,
+               int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t m = 0; m < rows; m++)
+        for (bf16* a = x + m * row; a < x + m * row + heads * width; a += width)
+            for (int64_t h = 0; h < width / 2; h += 16) {
+                __m512 c = _mm512_loadu_ps(cos + m * width + h), s = _mm512_loadu_ps(sin + m * width + h);
+                __m512 low = widen(a + h), high = widen(a + width / 2 + h);
+                narrow(a + h, _mm512_fmsub_ps(low, c, _mm512_mul_ps(high, s)));
+                narrow(a + width / 2 + h, _mm512_fmadd_ps(high, c, _mm512_mul_ps(low, s)));
+            }
 }
 
 // gate = silu(gate) * up

@@ -15,7 +15,7 @@ from qvl.core.device import facts
 from qvl.core.log import say_once
 from qvl.engine.kv_cache import KVCache
 from qvl.engine.sampling import Best
-from qvl.model.attention import Kernel, Packed, Paged
+from qvl.model.attention import Paged
 from qvl.model.decoder import embed
 from qvl.model.layers import Linear, PackedWeight, RMSNorm, RoundedWeight
 from qvl.model.qwen3vl import Qwen3VL
@@ -234,33 +234,16 @@ class KernelPaged(Paged):
         loaded = library()
         if loaded is None or len(q) < FEWEST_QUERIES:
             return super().attend_sequence(q, k, v, out)
-        attend_many(loaded, q.contiguous(), k, v, out)
-
-
-def vision_kernel(model: Qwen3VL) -> Kernel | None:
-    """For the tower's attention, where the kernels know its heads."""
-    vision, loaded = model.config.vision, library()
-    if loaded is None or vision is None or vision.head_dim not in (64, 128):
-        return None
-    if model.device.type != "cpu" or model.dtype != torch.bfloat16:
-        return None
-
-    def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, layout: Packed) -> Tensor:
-        out_TNH = torch.empty_like(q_TNH, memory_format=torch.contiguous_format)
-        parts = (x.split(layout.lengths) for x in (q_TNH.contiguous(), k_TKH.contiguous(), v_TKH.contiguous(), out_TNH))
-        for part in zip(*parts, strict=True):
-            attend_many(loaded, *part, is_causal=layout.is_causal)
-        return out_TNH
-
-    return attend
+        attend_many(loaded, q, k, v, out)
 
 
 def attend_many(loaded: ctypes.CDLL, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, is_causal: bool = True) -> None:
     """One sequence: q, out (n, heads, H) over k, v (m, kv heads, H), m >= n; under causality the last query sees all keys."""
     (count, heads, width), (total, kv_heads, _) = q.shape, k.shape
-    assert k.stride() == v.stride() and k.stride(2) == 1 and width in (64, 128)
+    assert k.stride() == v.stride() and k.stride(2) == q.stride(2) == 1 and width in (64, 128)
+    assert q.stride(1) == width and out.is_contiguous()
     if not count:
         return
     scratch = torch.empty(2 * width * -(-total // 64) * 64, dtype=q.dtype)
-    sizes = (count, total, heads, kv_heads, width, k.stride(0), k.stride(1), int(is_causal))
-    call(loaded, "attend_many", q, _at(k), _at(v), out, *sizes, scratch)
+    sizes = (count, total, heads, kv_heads, width, q.stride(0), k.stride(0), k.stride(1), int(is_causal))
+    call(loaded, "attend_many", _at(q), _at(k), _at(v), out, *sizes, scratch)

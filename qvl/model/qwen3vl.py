@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from qvl.core.batch import Batch
-from qvl.model.attention import Kernel, Layout, Packed
+from qvl.model.attention import Layout, Packed
 from qvl.model.config import ModelConfig
 from qvl.model.decoder import Decoder, DeepStack, embed
-from qvl.model.layers import Linear, PackedWeight, linear
+from qvl.model.layers import Linear, PackedWeight, RunBlock, linear
 from qvl.model.moe import Experts, RouterStats
 from qvl.model.vision import Vision, VisualFeatures, sincos_table
 
@@ -58,14 +58,18 @@ class Qwen3VL(nn.Module):
         )
         return self.language_model.norm(x_TD)
 
-    def encode(self, batch: Batch, *, max_patches: int | None = None, kernel: Kernel | None = None) -> VisualFeatures:
+    def encode(
+        self, batch: Batch, *, max_patches: int | None = None, run_block: RunBlock | None = None
+    ) -> VisualFeatures:
         """The batch's images and frames through the vision tower and the mergers."""
         if self.config.vision is None:
             raise ValueError(
                 "this checkpoint is text-only, but the batch holds images or video. Load a Qwen3-VL checkpoint."
             )
         assert batch.patch_PX is not None and batch.grid_I3 is not None
-        return self.visual(batch.patch_PX, batch.grid_I3, batch.frame_lengths, max_patches=max_patches, kernel=kernel)
+        return self.visual(
+            batch.patch_PX, batch.grid_I3, batch.frame_lengths, max_patches=max_patches, run_block=run_block
+        )
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """(T, V) for any rows of hidden states."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qvl.model.attention import Kernel, Layout, Packed
+from qvl.model.attention import Layout, Packed
 from qvl.model.config import VisionConfig
 from qvl.model.layers import Linear, RunBlock, run_plainly
 from qvl.model.merger import Merger
@@ -137,9 +137,10 @@ class Vision(nn.Module):
         frame_lengths: tuple[int, ...],
         *,
         max_patches: int | None = None,
-        kernel: str | Kernel | None = None,
+        run_block: RunBlock | None = None,
     ) -> VisualFeatures:
         """`max_patches` runs whole frames in chunks of at most that many patches (a larger frame alone), to bound memory.
+        `run_block` takes the place of the tower's own for this call.
 
         Frames do not see each other, so chunking changes nothing but the memory.
         """
@@ -149,7 +150,7 @@ class Vision(nn.Module):
         for chunk in chunks:
             rows = slice(start, start + sum(chunk))
             local = PatchPlaces(places.row_P[rows], places.column_P[rows], places.height_P[rows], places.width_P[rows])
-            features.append(self._encode(patch_PX[rows], local, Packed(chunk, is_causal=False, kernel=kernel)))
+            features.append(self._encode(patch_PX[rows], local, Packed(chunk, is_causal=False), run_block))
             start = rows.stop
         return joined(features)
 
@@ -163,19 +164,27 @@ class Vision(nn.Module):
             raise ValueError(f"{patch_PX.shape[0]} patches came, but the grids say {sum(frame_lengths)}.")
         return patch_places(grid_I3, frame_lengths, self.config.spatial_merge_size)
 
-    def _encode(self, patch_PX: Tensor, places: PatchPlaces, layout: Layout) -> VisualFeatures:
+    def _encode(
+        self, patch_PX: Tensor, places: PatchPlaces, layout: Layout, run_block: RunBlock | None
+    ) -> VisualFeatures:
         deepstack: list[Tensor] = []
-        x_PC = self._states(patch_PX, places, layout, deepstack_out=deepstack)
+        x_PC = self._states(patch_PX, places, layout, deepstack_out=deepstack, run_block=run_block)
         return VisualFeatures(self.merger(x_PC), tuple(deepstack))
 
     def _states(
-        self, patch_PX: Tensor, places: PatchPlaces, layout: Layout, *, deepstack_out: list[Tensor] | None = None
+        self,
+        patch_PX: Tensor,
+        places: PatchPlaces,
+        layout: Layout,
+        *,
+        deepstack_out: list[Tensor] | None = None,
+        run_block: RunBlock | None = None,
     ) -> Tensor:
         x_PC = self.patch_embed(patch_PX)
         x_PC = x_PC + interpolate_table(self.pos_embed.weight, places).to(x_PC.dtype)
         cos_PH, sin_PH = rotary_2d(places, self.config.head_dim)
         for index, block in enumerate(self.blocks):
-            x_PC = self.run_block(block, x_PC, cos_PH, sin_PH, layout)
+            x_PC = (run_block or self.run_block)(block, x_PC, cos_PH, sin_PH, layout)
             if deepstack_out is not None and index in self.config.deepstack_visual_indexes:
                 level = self.config.deepstack_visual_indexes.index(index)
                 deepstack_out.append(self.deepstack_merger_list[level](x_PC))
