@@ -19,7 +19,6 @@ from qvl.model.attention import (
     equal_runs,
     pick_kernel,
     reference,
-    varlen_attn,
 )
 
 GROUPS = st.sampled_from([1, 2, 4, 8])
@@ -210,13 +209,15 @@ def test_bf16_in_blocks_is_as_near_to_the_truth_as_bf16_is_fine() -> None:
     assert (found.float() - truth).abs().mean() < 0.005
 
 
-def test_the_kernel_is_picked_by_device_dtype_and_gradient() -> None:
+def test_the_kernel_is_picked_by_device_dtype_and_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pick_kernel("cpu", torch.float32, needs_grad=False) == "sdpa"
     assert pick_kernel("cpu", torch.float32, needs_grad=True) == "sdpa"
     assert pick_kernel("cpu", torch.bfloat16, needs_grad=False) == "blocked"
     assert pick_kernel("cpu", torch.bfloat16, needs_grad=True) == "sdpa"
     assert pick_kernel("cuda", torch.float32, needs_grad=True) == "sdpa"
-    assert pick_kernel("cuda", torch.bfloat16, needs_grad=True) == ("sdpa" if varlen_attn is None else "varlen")
+    for runs, kernel in ((True, "varlen"), (False, "sdpa")):  # a T4 has torch's function and no kernel behind it
+        monkeypatch.setattr("qvl.model.attention.varlen_runs", lambda runs=runs: runs)
+        assert pick_kernel("cuda", torch.bfloat16, needs_grad=True) == kernel
     assert describe("cpu") == {"fp32": "sdpa", "bf16 inference": "blocked", "bf16 training": "sdpa"}
 
 

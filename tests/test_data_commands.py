@@ -62,7 +62,7 @@ def test_from_rows_to_shards_to_an_index_to_counts_and_a_page(tmp_path, model, c
     assert stats["by_category"] == {"vqa": {"records": 4, "text": 128, "visual": 24, "targets": 20}}
     assert stats["by_source"]["talk"]["records"] == 4
     assert stats["by_license"] == {"MIT": 4} and stats["lengths"] == {"0": 4} and stats["longest"] == 38
-    assert stats["twice"] == 0 and stats["bad"] == 0
+    assert stats["twice"] == 3 and stats["bad"] == 0
 
     code, text, _ = call(capsys, "data", "stats", out)
     assert code == 0 and "vqa" in text and "MIT" in text

@@ -88,7 +88,7 @@ def test_a_worker_renders_the_same_pages() -> None:
         (b"", "not a readable PDF"),
         (b"%PDF-1.4 and nothing else", "not a readable PDF"),
         (b"no PDF at all" * 100, "not a readable PDF"),
-        (encrypted_pdf(), "the PDF is encrypted; give its password or save it without one"),
+        (encrypted_pdf(), "the PDF is encrypted; save it without a password and send that"),
         (pdf([]), "no pages|not a readable PDF"),
         (pdf([(2, 14_000)]), "at most 200 times"),
     ],

@@ -238,6 +238,16 @@ def test_salts_keep_tenants_apart() -> None:
         assert {event.num_cached_tokens for event in events} == {found}
 
 
+def test_salts_keep_tenants_pictures_apart() -> None:
+    """How soon a picture is answered would tell one that another has shown it."""
+    e = engine(prefix_cache=False)
+    for salt, found in (("one", 0), ("two", 0), ("one", 1)):
+        ask = replace(Request(id=salt, sample=shown(1), sampling=GREEDY), media_keys=(b"a picture",), salt=salt)
+        e.submit(ask)
+        drain(e)
+        assert e.stats().encoder_found == found
+
+
 def test_a_conversation_goes_on_from_the_cached_answer() -> None:
     e = engine()
     no_pictures = tuple((mark, -100.0) for mark in (START, END, IMAGE, VIDEO))

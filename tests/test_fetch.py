@@ -74,6 +74,14 @@ def fetcher(port: int = 1, seen: list[Any] | None = None, resolve: Any = None, *
 # Allowed.
 
 
+@pytest.mark.parametrize(
+    "entry", ["https://cdn.example.org", "example.org/a", "example.org:https", "", "*.", "a b", "example.org:"]
+)
+def test_a_domain_that_could_never_match_is_refused_at_once(entry: str) -> None:
+    with pytest.raises(ValueError, match=r"is no domain that can be allowed; write a host name such as cdn\.example"):
+        Fetcher(allow_domains=("good.example.org", entry))
+
+
 def test_nothing_is_reachable_unless_allowed(tmp_path: Path) -> None:
     closed = Fetcher(resolve=lambda host, port: pytest.fail("resolved"), connect=lambda *_: pytest.fail("connected"))
     (tmp_path / "a.png").write_bytes(b"x")

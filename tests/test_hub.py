@@ -1,5 +1,6 @@
 """Model names: folders are themselves, hub names are fetched without anything that could run code, the rest is one sentence."""
 
+import errno
 import sys
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,15 @@ def test_a_folder_has_no_revision(tmp_path: Path) -> None:
 def test_without_the_extra_the_answer_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match=r"install the extra: pip install 'qvl\[hub\]'"):
+        resolve("org/name")
+
+
+def test_a_disk_that_takes_no_more_is_no_fault_of_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(name: str, **options: Any) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", "/cache")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(ValueError, match=r"org/name cannot be kept here \(.*/cache.*\); free space, or let HF_HOME"):
         resolve("org/name")
 
 

@@ -271,3 +271,9 @@ def test_a_page_of_media_alone_has_no_script(run: Run, files: Path, tmp_path: Pa
     run("--pdf", files / "two.pdf", "--out", tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
     assert "<script" not in text and "two.pdf (2 of 2)</h2>" in text and "Positions" not in text
+
+
+def test_a_films_rule_is_shown_without_a_model_too(run: Run, files: Path) -> None:
+    rules = [(), ("--video-preset", "report", "--fps", "1")]
+    tokens = [json.loads(run("--video", files / "clip.mp4", *more, "--json")[1])["grid_thw"] for more in rules]
+    assert tokens[0] != tokens[1]

@@ -357,6 +357,15 @@ def test_a_number_of_frames_that_holds_no_more_is_not_saved(small, tmp_path):
     assert Processor.from_folder(tmp_path / "out").video_sampling == VideoSampling(fps=2.0)
 
 
+def test_older_names_of_a_picture_budget_that_holds_no_more_are_not_saved(small, tmp_path):
+    folder = Path(shutil.copytree(small, tmp_path / "model"))
+    config = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(config | {"min_pixels": 3136, "max_pixels": 1003520}))
+    changed = ImageBudget(min_tokens=4, max_tokens=256)
+    Processor.from_folder(folder, image_budget=changed).save(tmp_path / "out")
+    assert Processor.from_folder(tmp_path / "out").image_budget == changed
+
+
 def test_a_tokenizer_made_in_memory_can_be_written(bare_small, tmp_path):
     tokenizer = Tokenizer.from_folder(bare_small)
     nowhere = Folder(path=tmp_path / "nowhere", template=None, image_config=None, video_config=None)

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from qvl.commands import cli
-from qvl.commands.serve import check_address, read_adapters, read_keys
+from qvl.commands.serve import Serve, build, check_address, name_of, read_adapters, read_keys
 from serve_doubles import KEY
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,3 +138,21 @@ def test_adapters_are_names_and_folders() -> None:
     for entries in (("a",), ("=x",), ("a=",), ("a=x", "a=y")):
         with pytest.raises(ValueError, match="adapter"):
             read_adapters(entries)
+
+
+def test_a_model_is_called_as_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = tmp_path / "models--Qwen--Qwen3-VL-2B-Instruct" / "snapshots" / "89644892"
+    snapshot.mkdir(parents=True)
+    monkeypatch.chdir(snapshot.parent)
+    assert name_of(Serve(model="Qwen/Qwen3-VL-2B-Instruct"), snapshot) == "Qwen/Qwen3-VL-2B-Instruct"
+    assert name_of(Serve(model="."), Path(".")) == "snapshots"
+    assert name_of(Serve(model=str(snapshot)), snapshot) == "89644892"
+    assert name_of(Serve(model=str(snapshot), name="mine"), snapshot) == "mine"
+    assert name_of(Serve(), snapshot) == "quickstart"
+
+
+def test_an_adapter_does_not_take_the_models_name(tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match="the model and an adapter are both called 'tuned'; name one of them otherwise"
+    ):
+        build(Serve(model=str(tiny_folder), name="tuned", device="cpu"), tiny_folder, {"tuned": tmp_path}, ())

@@ -12,7 +12,9 @@ from qvl.model.qwen3vl import new_model
 from qvl.parallel.data_parallel import World as Ranks
 from qvl.prompt.processor import Processor
 from qvl.recipes.made_stream import MadeStream, of_repeats, of_text, of_world
+from qvl.recipes.quickstart.__main__ import Options, main
 from qvl.recipes.quickstart.checkpoint import write_checkpoint
+from qvl.recipes.quickstart.corpus import split
 from qvl.recipes.quickstart.language import small_model
 from qvl.recipes.quickstart.page import write_page
 from qvl.recipes.quickstart.pictures import worlds
@@ -354,3 +356,20 @@ def test_the_page_shows_pictures_before_and_answers_after(tmp_path: Path, pupil:
     after = write_page(story, pictures, pupil).read_text()
     assert after.count("<img") == 8 and 'class="wrong"' in after and "<svg" in after and "seeing" in after
     assert json.loads(story.write_report().read_text())["chapters"][0]["verdict"] == "kept"
+
+
+def test_what_is_held_out_shares_no_line_with_what_is_read() -> None:
+    shared = "copy_X : bool, default=True, whether X may be written over"
+    texts = [f"{shared}\n\nOnly here, in document {i}: {'word ' * 10}\n\nParameters\n----------" for i in range(40)]
+    learned, held_out = split(texts)
+    assert (len(learned), len(held_out)) == (38, 2)
+    assert all(shared in text for text in learned)
+    for number, text in zip((0, 20), held_out, strict=True):
+        assert shared not in text and f"in document {number}:" in text and "Parameters" in text
+
+
+def test_a_folder_that_no_story_wrote_is_not_emptied(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="holds other things and would be emptied; give --out a new folder"):
+        main(Options(out=tmp_path))
+    assert (tmp_path / "thesis.tex").exists()

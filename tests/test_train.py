@@ -391,3 +391,12 @@ def test_a_run_may_be_made_longer_and_says_so(tmp_path: Path, caplog: pytest.Log
     rows = trained(tmp_path, new_model(small()), settings(4))
     assert [r["step"] for r in rows] == [1, 2, 3, 4]
     assert "steps was 2 and is now 4" in caplog.text
+
+
+def test_ranks_that_find_other_checkpoints_do_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two hosts that share no folder: one goes on, the other would begin."""
+    monkeypatch.setattr(World, "sum", lambda self, value: value + 2.0)
+    with pytest.raises(
+        ValueError, match=r"rank 0 finds step 0 in .*, other ranks another; give a folder that all hosts share"
+    ):
+        trained(tmp_path, new_model(small()), settings(1))

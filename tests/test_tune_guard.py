@@ -25,7 +25,7 @@ from qvl.parallel.data_parallel import World
 from qvl.prompt.processor import Processor
 from qvl.recipes import text_guard
 from qvl.recipes.text_guard import TextGuard, TextLostError, built_in_text, held_out_text
-from qvl.recipes.tune_data import open_data, split
+from qvl.recipes.tune_data import contents, open_data, split
 from qvl.train.checkpoint import newest, read_run
 from qvl.train.loop import StepReport
 from qvl.train.objective import NextToken
@@ -95,7 +95,7 @@ def test_a_twentieth_is_held_out_by_content_whatever_is_added(small: Processor, 
     write_shards(tmp_path / "more", entries, small)
 
     def digests(source: Source) -> set[int]:
-        return {source.key(i)[2] for i in range(source.lengths.num_records)}
+        return set(contents(source).tolist())
 
     trained, held = split(opened(tmp_path / "some", small), 0.05)
     assert 3 <= held.lengths.num_records <= 20
@@ -103,6 +103,19 @@ def test_a_twentieth_is_held_out_by_content_whatever_is_added(small: Processor, 
     assert not digests(trained) & digests(held)
     trained_more, held_more = split(opened(tmp_path / "more", small), 0.05)
     assert digests(held) <= digests(held_more) and digests(trained) <= digests(trained_more)
+
+
+def test_what_a_record_is_called_and_where_it_stands_does_not_count(small: Processor, tmp_path: Path) -> None:
+    entries = texts(200)
+    renamed = [
+        (replace(record, id=f"other-{i}", source="elsewhere"), media) for i, (record, media) in enumerate(entries)
+    ]
+    write_shards(tmp_path / "some", entries, small)
+    write_shards(tmp_path / "twice", [*renamed[::-1], *entries], small)
+    _, held = split(opened(tmp_path / "some", small), 0.05)
+    trained, both = split(opened(tmp_path / "twice", small), 0.05)
+    assert both.lengths.num_records == 2 * held.lengths.num_records > 0
+    assert not set(contents(trained).tolist()) & set(contents(held).tolist())
 
 
 def test_held_out_records_are_never_trained_on(small: Processor, tmp_path: Path) -> None:
@@ -133,7 +146,9 @@ def test_held_out_records_are_never_trained_on(small: Processor, tmp_path: Path)
         trained = {id for _ in range(120) for micro in loader.next_step() for id in micro.ids}
     assert len(kept) == held_out.num_records > 3
     assert not kept & trained
-    assert len(trained) == 120 - len(kept), "all others come, and of the replay nothing is held out"
+    assert len(trained) == 120 - 2 * len(kept), (
+        "all others come; what is replayed holds the same texts, whose copies do not"
+    )
     assert all(id.startswith("text-") for id in kept)
 
 

@@ -140,12 +140,14 @@ def test_text_only_checkpoints_of_transformers_agree_in_logits(kind: str, tmp_pa
             assert (mine - theirs(torch.tensor([row])).logits[0]).abs().max().item() <= 1e-4
 
 
-@pytest.mark.parametrize("kind", ["dense_tied", "dense_untied"])
+@pytest.mark.parametrize("kind", ["dense_tied", "dense_untied", "moe"])
 def test_text_only_checkpoints_go_out_again(kind: str, tmp_path: Path) -> None:
     theirs = text_model(kind)
     theirs.save_pretrained(tmp_path / "in")
     save(load(tmp_path / "in"), tmp_path / "out")
-    again = Qwen3ForCausalLM.from_pretrained(tmp_path / "out")
+    names = [load_file(tmp_path / folder / "model.safetensors").keys() for folder in ("in", "out")]
+    assert names[0] == names[1] == checkpoint_shapes(load(tmp_path / "in")).keys()
+    again = type(theirs).from_pretrained(tmp_path / "out")
     old, new = theirs.state_dict(), again.state_dict()
     assert all(torch.equal(old[key], new[key]) for key in old)
 

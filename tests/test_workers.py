@@ -240,3 +240,19 @@ def test_an_unknown_job_and_limits_without_sense_are_refused() -> None:
         MediaLimits(max_seconds=0)
     with pytest.raises(ValueError, match="needs at least one"):
         WorkerPool(size=0)
+
+
+def test_packages_are_found_where_we_found_them_and_what_is_missing_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "far_away.py").write_text("from tests.media_jobs import JOBS")
+    for _ in range(2):
+        with WorkerPool(jobs="far_away") as workers:
+            if str(tmp_path) in sys.path:
+                assert pid(workers) != os.getpid()
+            else:
+                with pytest.raises(
+                    MediaError, match=r"the decoding process cannot import far_away; install it beside qvl"
+                ):
+                    pid(workers)
+        monkeypatch.syspath_prepend(str(tmp_path))

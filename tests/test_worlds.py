@@ -115,6 +115,14 @@ def test_the_prior_is_what_the_best_constant_answer_earns_on_train(name: str) ->
     assert prior.score <= 0.25
 
 
+def test_the_prior_of_pairs_kept_for_novel_knows_how_few_they_are() -> None:
+    drawn = ALL["shapes.name"]
+    answers = sorted({plan.answer for plan in plans(drawn, 200, "novel")})
+    _, earned = best_constant(drawn, score, answers, draws=1500, split="novel")
+    assert drawn.find_prior("novel").score == 1 / len(answers) == 0.25
+    assert earned == pytest.approx(0.25, abs=0.05)
+
+
 def test_a_needles_prior_is_what_the_best_constant_answer_earns() -> None:
     small = needle.tagged(64)
     best, earned = best_constant(small, score, needle.VALUES, draws=1500)

@@ -54,7 +54,7 @@ class MediaOptions:
     num_frames: int | None = None
     """Frames taken from a video whatever its length; excludes fps."""
     video_max_tokens: int | None = None
-    """Most tokens of a whole video."""
+    """What a whole video is scaled down to; a rule's floor for each frame, and its rounding of sides, stand above it."""
     video_preset: Literal["transformers", "qwen-vl-utils", "report"] | None = None
     """A published rule for sampling videos; the model folder's own otherwise."""
     video_form: Form = "release"

@@ -126,6 +126,8 @@ def check(args: Inspect) -> None:
 def see(args: Inspect, processor: Processor | None, say: Say) -> Seen:
     messages = args.messages()
     with MediaLoader.worker(say, processor) as loader:
+        if processor is None:
+            loader = replace(loader, videos=args.video_sampling() or loader.videos)
         loaded = loader.load_all(messages)
     seen = Seen(loaded=list(loaded.values()), visuals=[v for item in loaded.values() for v in item.visuals])
     if processor is None:

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from qvl.commands.generate import QUICKSTART, preset_sampling, quickstart_model
+from qvl.commands.generate import preset_sampling, quickstart_model
 from qvl.core.device import free_memory_bytes, pick_device, pick_dtype
 from qvl.core.log import log
 from qvl.engine.engine import Engine, EngineSettings
@@ -119,9 +119,13 @@ def build(
     processor = Processor.from_folder(folder, template=args.template)
     device = pick_device(args.device)
     model = load(folder, dtype=pick_dtype(device, args.dtype), device=device).eval()
-    models = {name_of(args, folder): model} | {name: adapted(model, path) for name, path in adapters.items()}
+    if (own := name_of(args, folder)) in adapters:
+        raise ValueError(
+            f"the model and an adapter are both called {own!r}; name one of them otherwise (--name, --adapter NAME=DIR)."
+        )
+    models = {own: model} | {name: adapted(model, path) for name, path in adapters.items()}
     for each in models.values():
-        prepare(each, free=len(models) == 1, weights=args.weights)
+        prepare(each, free=len(models) == 1, weights=args.weights, pack=True if args.mode == "exact" else None)
     share = cache_gib(args, model) / len(models)
     settings = EngineSettings(
         memory_gib=share,
@@ -166,7 +170,10 @@ def build(
 def name_of(args: Serve, folder: Path) -> str:
     if args.name is not None:
         return args.name
-    return "quickstart" if args.model is None else folder.name or str(QUICKSTART)
+    if args.model is None:
+        return "quickstart"
+    # A name on the hub is what clients know; its folder here is called after a commit.
+    return folder.resolve().name if Path(args.model).is_dir() else args.model
 
 
 def base_sampling(args: Serve, folder: Path, model: Qwen3VL, processor: Processor) -> Sampling:

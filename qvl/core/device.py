@@ -201,6 +201,7 @@ def grouped_mm_runs(dtype: torch.dtype, device: torch.device | str = "cpu") -> b
         return False
 
 
+@cache
 def varlen_runs() -> bool:
     """Whether torch's attention over sequences laid end to end has a kernel here."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None or not torch.cuda.is_available():

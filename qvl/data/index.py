@@ -4,18 +4,18 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from qvl.data.draft import draft
-from qvl.data.record import KINDS
+from qvl.data.record import KINDS, record_to_json
 from qvl.data.shard import INDEX_SUFFIX, content_digest, extents, read_entry, read_members
 from qvl.data.store import Store
 from qvl.prompt.processor import Processor
 
-VERSION = 1
+VERSION = 2
 BAD, MEDIA, VIDEO = 1, 2, 4
 """Flags of a record: it could not be read when the index was built; it has media; one of them is a video."""
 _PROBE = "The quick brown fox, 3.14 and 2,718: «Größe», 速い茶色の狐, 12 < 34\n\n\tdef f(x): return x  # 🦊"
@@ -45,7 +45,9 @@ class ShardIndex:
     kind_S: np.ndarray
     """uint8: place in KINDS."""
     digest_S: np.ndarray
-    """uint64: content_digest."""
+    """uint64: content_digest, which changes with any byte."""
+    content_S: np.ndarray
+    """uint64: the same for records that say and show the same, whatever they are called and wherever they come from."""
     name_S: np.ndarray
     """int32: place of (source, category, license) in `names`."""
     names: tuple[tuple[str, str, str], ...]
@@ -122,8 +124,9 @@ def build_index(
 
 
 def _costs(data: bytes, where: str, processor: Processor, names: dict[tuple[str, str, str], int]) -> dict[str, Any]:
-    entry = read_entry(data, where)
+    entry, members = read_entry(data, where), read_members(data, where)
     record = entry.record
+    nameless = replace(record, id="", source="", category="", license="", lang="", extra={})
     made = draft(record, processor)
     grid_I3 = made.sample.grid_I3
     areas = [] if grid_I3 is None else [h * w for t, h, w in grid_I3.tolist() for _ in range(t)]
@@ -138,7 +141,8 @@ def _costs(data: bytes, where: str, processor: Processor, names: dict[tuple[str,
         "target": 0 if is_target_T is None else int(is_target_T.sum()),
         "flag": MEDIA * bool(record.media) | VIDEO * has_video,
         "kind": KINDS.index(record.kind),
-        "digest": int.from_bytes(content_digest(read_members(data, where)), "big"),
+        "digest": int.from_bytes(content_digest(members), "big"),
+        "content": int.from_bytes(content_digest(members | {"json": record_to_json(nameless)}), "big"),
         "name": names.setdefault((record.source, record.category, record.license), len(names)),
     }
 
@@ -154,6 +158,7 @@ _COLUMNS = {
     "flag": np.uint8,
     "kind": np.uint8,
     "digest": np.uint64,
+    "content": np.uint64,
     "name": np.int32,
 }
 
@@ -187,14 +192,16 @@ def read_index(shard: str, mark: str | None, store: Store | None = None, *, with
     try:
         with np.load(io.BytesIO(store.read(url)), allow_pickle=False) as file:
             head = json.loads(bytes(file["head"]))
+            if head["version"] != VERSION:
+                raise ValueError(
+                    f"{url} has version {head['version']}, this code reads {VERSION}; build it again with qvl data index."
+                )
             ids = tuple(json.loads(bytes(file["ids"]))) if with_ids else ()
             columns = {f"{name}_S": file[name] for name in _COLUMNS}
     except (KeyError, OSError, ValueError, EOFError) as error:
         raise ValueError(
             f"{url} is no index of ours ({type(error).__name__}); build it again with qvl data index."
         ) from error
-    if head["version"] != VERSION:
-        raise ValueError(f"{url} has version {head['version']}, this code reads {VERSION}; build it again.")
     if mark is not None and head["fingerprint"] != mark:
         raise ValueError(
             f"{url} was built with another tokenizer, template or visual budget than this model's, so its lengths are wrong; "

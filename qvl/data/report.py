@@ -79,9 +79,9 @@ def stats_of(indexes: Sequence[ShardIndex]) -> Stats:
         for number, kind in enumerate(KINDS):
             if count := int((good & (index.kind_S == number)).sum()):
                 _add(stats.by_kind, kind, count)
-        for digest in index.digest_S[good].tolist():
-            stats.twice += digest in seen
-            seen.add(digest)
+        for content in index.content_S[good].tolist():
+            stats.twice += content in seen
+            seen.add(content)
     return stats
 
 

@@ -155,7 +155,9 @@ class Engine:
         check(request, config)
         rows = rows_of_visuals(request, config)
         sample = request.sample
-        prompt = prompt_of(sample, config, visuals_of(sample, config, request.media_keys, rows))
+        # Found again only under the same salt: how soon a picture is answered would tell that somebody has shown it.
+        keys = tuple(repr((request.salt, key)).encode() for key in request.media_keys)
+        prompt = prompt_of(sample, config, visuals_of(sample, config, keys, rows))
         sequence = Sequence(
             request=request.id,
             number=self._arrived,

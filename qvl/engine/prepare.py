@@ -16,7 +16,7 @@ Weights = Literal["plain", "int8"]
 
 def prepare(model: Qwen3VL, *, free: bool = False, weights: Weights = "plain", pack: bool | None = None) -> bool:
     """Pack every Linear and the head of a bf16 model on a CPU; False where there is nothing to gain: other devices, fp32, and (`pack` None)
-    models that the engine's own kernels take further, which read plain weights.
+    models that the engine's own kernels take further, which read plain weights (exact mode does not use them: give `pack` True).
 
     Floor: a decoding step reads every weight once. Plain bf16 linears read 16 GB/s of a core's 38 because oneDNN reorders the weight at
     each call; packed ones read 30. `free` drops the plain copy where packing replaces it (all but the embedding), for serving alone:

@@ -54,7 +54,7 @@ class Request:
     n: int = 1
     """Answers. They share the prompt's cache blocks; with a seed, answer i draws with seed + i."""
     salt: str = ""
-    """Prompts with different salts never share cached blocks (one for each tenant)."""
+    """Prompts with different salts never share cached blocks or encoded pictures (one for each tenant)."""
     media_keys: tuple[bytes, ...] = ()
     """A digest of each visual: pixels, size, mode, processor arguments. Without them nothing visual is reused from another request."""
     media_rows: tuple[int, ...] = ()

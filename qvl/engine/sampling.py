@@ -33,7 +33,8 @@ class Sampling:
     """(token, what is added to its logit), at most 100 either way."""
     max_tokens: int = 1024
     seed: int | None = None
-    """The same seed gives the same answer whatever else is in the batch."""
+    """The same seed draws the same random numbers whatever else is in the batch; in exact mode the answer is the same too, in fast mode as
+    far as rounding lets it."""
     stop: tuple[str, ...] = ()
     """Strings that end the answer; they are not part of it."""
     num_logprobs: int = 0
@@ -153,7 +154,7 @@ class Sampler:
         if bad:
             raise ValueError(f"logit_bias names token {bad[0]}; the model knows 0 to {vocab_size - 1}.")
         self.biased = torch.tensor([token for token, _ in sampling.logit_bias], dtype=torch.int64)
-        self.bias = torch.tensor([bias for _, bias in sampling.logit_bias])
+        self.bias = torch.tensor([bias for _, bias in sampling.logit_bias], dtype=torch.float32)
         s = sampling
         penalties = (s.repetition_penalty != 1.0, s.presence_penalty, s.frequency_penalty, s.logit_bias)
         self.takes_best = s.temperature == 0 and not s.num_logprobs and not any(penalties)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qvl.core.device import varlen_runs
+
 try:  # torch >= 2.11 ships it; its kernel runs on CUDA only
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # pragma: no cover
@@ -46,7 +48,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Packed], Tensor]
 def pick_kernel(device: str, dtype: torch.dtype, *, needs_grad: bool) -> str:
     """The dispatch table in words; the numbers that decided are in dev/LOG.md ("attention on a CPU")."""
     if device == "cuda":
-        return "varlen" if varlen_attn is not None and dtype in (torch.bfloat16, torch.float16) else "sdpa"
+        return "varlen" if dtype in (torch.bfloat16, torch.float16) and varlen_runs() else "sdpa"
     if device == "cpu" and dtype == torch.bfloat16 and not needs_grad:
         return "blocked"
     return "sdpa"

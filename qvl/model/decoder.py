@@ -67,7 +67,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """All layers, or the slice of them that a pipeline stage holds; embedding and final norm belong to the first and last slice."""
+    """Embedding, all layers, final norm."""
 
     run_block: RunBlock = staticmethod(run_plainly)
 
@@ -86,19 +86,18 @@ class Decoder(nn.Module):
         layout: Layout,
         deepstack: DeepStack | None = None,
         router_out: list[RouterStats] | None = None,
-    ) -> tuple[Tensor, DeepStack | None]:
+    ) -> Tensor:
         """Hidden states before the final norm. `router_out` is filled with one entry for each MoE layer."""
         cos_TH, sin_TH = self.rotary(position_3T, x_TD.dtype)
-        for layer in self.layers:
+        levels = () if deepstack is None else deepstack.levels
+        for number, layer in enumerate(self.layers):
             x_TD, stats = self.run_block(layer, x_TD, cos_TH, sin_TH, layout)
             if router_out is not None and stats is not None:
                 router_out.append(stats)
-            if deepstack is not None and deepstack.levels:
-                feature_MD, *rest = deepstack.levels
+            if deepstack is not None and number < len(levels):
                 # Out of place: an in-place add on a checkpointed view is what broke elsewhere (transformers#41535).
-                x_TD = x_TD.index_add(0, deepstack.visual_M, feature_MD.to(x_TD.dtype))
-                deepstack = DeepStack(tuple(rest), deepstack.visual_M)
-        return x_TD, deepstack
+                x_TD = x_TD.index_add(0, deepstack.visual_M, levels[number].to(x_TD.dtype))
+        return x_TD
 
 
 def embed(decoder: Decoder, token_T: Tensor, visual_M: Tensor | None, feature_MD: Tensor | None) -> Tensor:

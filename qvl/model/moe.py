@@ -43,7 +43,7 @@ class MoE(nn.Module):
         self.gate = nn.Linear(config.hidden_size, config.moe.num_experts, bias=False)
         self.experts = Experts(config.moe.num_experts, config.hidden_size, config.moe.intermediate_size)
         self.dispatch: Dispatch | None = None
-        """Set by expert parallelism; None picks the local kernel."""
+        """Another way through the experts (exact mode's, a trainer's); None picks the local kernel."""
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, RouterStats]:
         # The softmax runs in fp32; the logits come from a matmul in the model's dtype, as in the reference.

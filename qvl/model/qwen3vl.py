@@ -49,7 +49,7 @@ class Qwen3VL(nn.Module):
         deepstack = None
         if features is not None and batch.visual_M is not None:
             deepstack = DeepStack(features.deepstack, batch.visual_M)
-        x_TD, _ = self.language_model(
+        x_TD = self.language_model(
             x_TD,
             position_3T=batch.position_3T,
             layout=layout or Packed(batch.lengths, is_causal=True),

@@ -141,13 +141,22 @@ def to_checkpoint_name(name: str, config: ModelConfig) -> str:
 def checkpoint_shapes(model: Qwen3VL, layout: Layout = "hub") -> dict[str, tuple[int, ...]]:
     """Every tensor a saved folder holds and its shape; works on the meta device."""
     return {
-        to_checkpoint_name(name, model.config): tuple(_as_stored(name, parameter, model.config, layout).shape)
+        stored: tuple(tensor.shape)
         for name, parameter in model.named_parameters()
+        for stored, tensor in _as_stored(name, parameter, model.config, layout)
     }
 
 
-def _as_stored(name: str, parameter: Tensor, config: ModelConfig, layout: Layout) -> Tensor:
-    """The file's view of a parameter: patch embedding as a Conv3d kernel, experts transposed in the hub's layout."""
+def _as_stored(name: str, parameter: Tensor, config: ModelConfig, layout: Layout) -> list[tuple[str, Tensor]]:
+    """The file's names and views of a parameter: patch embedding as a Conv3d kernel; in the hub's layout experts transposed, those of a
+    text-only model one by one."""
+    stored = to_checkpoint_name(name, config)
+    if _is_expert(name) and layout == "hub" and config.vision is None:
+        return _separate_experts(stored, parameter)
+    return [(stored, _reshaped(name, parameter, config, layout))]
+
+
+def _reshaped(name: str, parameter: Tensor, config: ModelConfig, layout: Layout) -> Tensor:
     if name == "visual.patch_embed.proj.weight":
         assert config.vision is not None
         side = config.vision.patch_size
@@ -304,8 +313,8 @@ def _write_shards(model: Qwen3VL, folder: Path, layout: Layout, max_shard_bytes:
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
         for name in shard.names:
-            stored = _as_stored(name, parameters[name].detach(), model.config, layout)
-            tensors[to_checkpoint_name(name, model.config)] = stored.contiguous().cpu()
+            for stored, tensor in _as_stored(name, parameters[name].detach(), model.config, layout):
+                tensors[stored] = tensor.contiguous().cpu()
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
     if len(shards) > 1:

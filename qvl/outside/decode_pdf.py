@@ -69,7 +69,7 @@ def _open(stream: BinaryIO, password: str | None) -> Any:
         if not _wants_password(error):
             raise
         said = "the PDF is encrypted and the password is wrong" if password else "the PDF is encrypted"
-        raise MediaError(f"{said}; give its password or save it without one.") from error
+        raise MediaError(f"{said}; save it without a password and send that.") from error
 
 
 def _rewound(stream: BinaryIO) -> BinaryIO:

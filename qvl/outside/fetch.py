@@ -31,6 +31,16 @@ _HOST = re.compile(r"(?=.{1,253}$)([a-z0-9]([a-z0-9\-]{0,61}[a-z0-9])?)(\.[a-z0-
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
+def _host_and_port(entry: str) -> tuple[str, int | None]:
+    name, colon, port = entry.partition(":")
+    is_port = port.isascii() and port.isdigit() if colon else True
+    if not is_port or not (name == "*" or _HOST.fullmatch(name.removeprefix("*."))):
+        raise ValueError(
+            f"{entry!r} is no domain that can be allowed; write a host name such as cdn.example.org, *.example.org or host:8443."
+        )
+    return name, int(port) if colon else None
+
+
 def system_resolver(host: str, port: int) -> list[str]:
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return [str(entry[4][0]) for entry in found]
@@ -65,6 +75,7 @@ class Fetcher:
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self.allow_domains = tuple(d.lower() for d in allow_domains)
+        self._allowed = tuple(map(_host_and_port, self.allow_domains))
         self.allow_folders = tuple(Path(f).resolve(strict=True) for f in allow_folders)
         self.allow_http = allow_http
         self.max_bytes = max_bytes
@@ -179,9 +190,8 @@ class Fetcher:
         return parts.scheme, host, port, (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
 
     def _allows(self, host: str, port: int) -> bool:
-        for entry in self.allow_domains:
-            name, _, allowed_port = entry.partition(":")
-            if port not in ((int(allowed_port),) if allowed_port else (80, 443)):
+        for name, allowed_port in self._allowed:
+            if port not in ((80, 443) if allowed_port is None else (allowed_port,)):
                 continue
             if name == "*" or name == host or (name.startswith("*.") and host.endswith(name[1:])):
                 return True

@@ -1,6 +1,7 @@
 """Model names to local folders: a path is itself, `org/name` is downloaded once (extra `hub`). Weights come as safetensors only."""
 
 import re
+from errno import EACCES, EDQUOT, ENOSPC, EROFS
 from pathlib import Path
 
 ALLOWED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "LICENSE*"]
@@ -47,6 +48,10 @@ def _download(name: str, revision: str | None) -> Path:
             f"the hub has no {name} that you may read, and there is no such folder here; check the spelling"
         ) from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
+        if getattr(error, "errno", None) in (ENOSPC, EACCES, EROFS, EDQUOT):
+            raise ValueError(
+                f"{name} cannot be kept here ({error}); free space, or let HF_HOME name a folder that can be written"
+            ) from error
         cause = type(error.__cause__ or error).__name__
         raise ValueError(
             f"cannot reach the hub for {name} ({cause}) and no copy is kept here; give a local folder instead"

@@ -16,18 +16,22 @@ HEADER = struct.Struct(">IQ")  # bytes of JSON, bytes of buffer
 def main(socket_fd: int, life_fd: int, settings: dict[str, Any]) -> None:
     _limit_myself(settings["limits"]["memory_bytes"])
     threading.Thread(target=_die_with_parent, args=(life_fd,), daemon=True).start()
-    # -I leaves the project off the path when it is not installed.
-    sys.path.append(str(Path(__file__).resolve().parents[2]))
-    from PIL import Image
-
-    from qvl.outside.decode import run_job
-    from qvl.outside.media import MediaError, MediaLimits
-
-    limits = MediaLimits(**settings["limits"])
-    # Our own limit is checked on the header, and says the size; past twice as many Pillow stops by itself, also half-way in a file.
-    Image.MAX_IMAGE_PIXELS = limits.max_pixels
-    jobs = importlib.import_module(settings["jobs"]).JOBS
+    sys.path += [
+        entry for entry in (*settings["path"], str(Path(__file__).resolve().parents[2])) if entry not in sys.path
+    ]
     with socket.socket(fileno=socket_fd) as wire:
+        try:
+            from PIL import Image
+
+            from qvl.outside.decode import run_job
+            from qvl.outside.media import MediaError, MediaLimits
+
+            limits = MediaLimits(**settings["limits"])
+            jobs = importlib.import_module(settings["jobs"]).JOBS
+        except ImportError as error:
+            return _refuse_all(wire, f"the decoding process cannot import {error.name}; install it beside qvl.")
+        # Our own limit is checked on the header, and says the size; past twice as many Pillow stops by itself, also half-way in a file.
+        Image.MAX_IMAGE_PIXELS = limits.max_pixels
         while request := _receive(wire):
             job, fd = request
             try:
@@ -51,6 +55,12 @@ def main(socket_fd: int, life_fd: int, settings: dict[str, Any]) -> None:
                 _send(wire, {"refused": "the file could not be decoded.", "cause": type(error).__name__})
             except Exception as error:
                 _send(wire, {"refused": "the file could not be decoded.", "cause": type(error).__name__})
+
+
+def _refuse_all(wire: socket.socket, sentence: str) -> None:
+    while request := _receive(wire):
+        os.close(request[1])
+        _send(wire, {"refused": sentence, "cause": "ImportError"})
 
 
 def _limit_myself(memory_bytes: int) -> None:

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, Self, cast
 
+from qvl.core.device import child_environment
 from qvl.outside.decode import JOBS, run_job
 from qvl.outside.media import MediaError, MediaLimits, Message
 from qvl.outside.worker_main import HEADER
@@ -103,12 +104,15 @@ class _Worker:
         self.wire, theirs = socket.socketpair()
         life_end, life = os.pipe()
         self.life = os.fdopen(life, "wb")  # closed with us, which ends the worker
-        settings = json.dumps({"limits": asdict(limits), "jobs": jobs})
+        # -I keeps this folder's files and the surroundings out; where our packages lie is told instead, after the interpreter's own.
+        settings = json.dumps(
+            {"limits": asdict(limits), "jobs": jobs, "path": [p for p in sys.path if os.path.isabs(p)]}
+        )
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-I", str(_MAIN), str(theirs.fileno()), str(life_end), settings],
                 pass_fds=(theirs.fileno(), life_end),
-                env={"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+                env={**child_environment("LD_LIBRARY_PATH"), "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -58,7 +59,8 @@ def join_world(device: torch.device, *, replicates: bool = False) -> World:
         device = torch.device("cuda", here.local_rank)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Ranks wait for the first one's disk: a checkpoint of hundreds of GB takes longer than NCCL's ten minutes.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     return World(here.rank, here.world_size, device, replicates)
 
 

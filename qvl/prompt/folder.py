@@ -123,7 +123,8 @@ def _write_config(
     elif all(before.get(key) == value for key, value in now.items()) and source.exists():
         shutil.copyfile(source, out)
     else:
-        _write_json(out, {**before, **now})
+        older = ("min_pixels", "max_pixels") if "size" in now else ()  # or they would go on holding
+        _write_json(out, {**{key: value for key, value in before.items() if key not in older}, **now})
 
 
 COMMON_CONFIG = {

@@ -38,8 +38,7 @@ def run_template(
     limits = limits or RenderLimits()
     if len(template.encode()) > limits.template_bytes:
         raise ValueError(f"The chat template has more than {limits.template_bytes} bytes; it is refused.")
-    environment = _Sandbox(limits)
-    environment.filters["tojson"] = to_json or hf_json
+    environment = _Sandbox(limits, to_json or hf_json)
     try:
         with _deadline(limits.seconds):
             pieces: list[str] = []
@@ -78,13 +77,13 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     code_generator_class = _CheckedCode
     intercepted_binops = frozenset(["+", "*", "**", "%"])
 
-    def __init__(self, limits: RenderLimits) -> None:
+    def __init__(self, limits: RenderLimits, to_json: Callable[..., str]) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        self.limits = limits
+        self.limits, self.to_json = limits, to_json
         kept = {name: self.globals[name] for name in ("range", "dict", "namespace")}
         self.globals = kept | {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
         self.filters = {name: filter for name, filter in self.filters.items() if name not in REFUSED_FILTERS}
-        self.filters |= {"join": self._join, "replace": self._replace}
+        self.filters |= {"join": self._join, "replace": self._replace, "string": self._text, "tojson": self._to_json}
 
     def wrap_str_format(self, value: Any) -> Any:
         if isinstance(getattr(value, "__self__", None), str) and value.__name__ in REFUSED_METHODS:
@@ -101,7 +100,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             self.check_size(len(left) + len(right))
         if operator == "*" and (_is_sized(left) or _is_sized(right)):
             self.check_size(len(left) * right if _is_sized(left) else len(right) * left)
-        if operator == "**" and abs(right) > 64:
+        if operator == "**" and (abs(right) > 64 or abs(left) > 2**64):
             raise SecurityError("a power is too large")
         return super().call_binop(context, operator, left, right)
 
@@ -124,9 +123,31 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return str(d).join(self._joinable(value, str(d)))
 
     def _joinable(self, value: Any, between: str) -> list[str]:
-        parts = [str(part) for part in value]
+        parts = [self._text(part) for part in value]
         self.check_size(sum(map(len, parts)) + len(between) * len(parts))
         return parts
+
+    def _text(self, value: Any) -> str:
+        """str, whose C code no clock would stop half-way in a list of lists."""
+        self._check_whole(value)
+        return value if isinstance(value, str) else str(value)
+
+    def _to_json(self, value: Any, *args: Any, **kwargs: Any) -> str:
+        self._check_whole(value)
+        return self.to_json(value, *args, **kwargs)
+
+    def _check_whole(self, value: Any) -> None:
+        """As many numbers, letters and places in lists as a string may have, counted in Python so that the clock is looked at."""
+        left, waiting = self.limits.string_chars, [value]
+        while waiting:
+            item = waiting.pop()
+            if isinstance(item, Mapping):
+                item = [*item.keys(), *item.values()]
+            left -= len(item) if _is_sized(item) else 1
+            if left < 0:
+                self.check_size(self.limits.string_chars + 1)
+            if isinstance(item, list | tuple):
+                waiting += item
 
     def _replace(self, value: Any, old: Any, new: Any, count: int | None = None) -> str:
         text, old, new = str(value), str(old), str(new)
@@ -137,7 +158,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         self.check_size(len(text) + (str(text).count(str(old)) + 1) * len(str(new)))
 
     def join_checked(self, parts: Sequence[Any]) -> str:
-        texts = [str(part) for part in parts]
+        texts = [self._text(part) for part in parts]
         self.check_size(sum(map(len, texts)))
         return "".join(texts)
 

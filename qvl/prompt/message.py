@@ -49,7 +49,7 @@ class Video:
     frame_seconds: tuple[float, ...] | None = None
     """For a tuple of frames: the time of each; excludes `frame_fps`."""
     max_tokens: int | None = None
-    """Ceiling on the visual tokens of the whole clip."""
+    """What the whole clip is scaled down to; a rule's floor for each frame, and its rounding of sides, stand above it."""
 
     def __post_init__(self) -> None:
         for name in ("sample_fps", "frame_fps"):

@@ -84,7 +84,14 @@ def _own(choice: ReplayChoice, model: Qwen3VL, processor: Processor, world: Worl
         if world.rank == 0:
             _tell(folder, choice)
         world.barrier()
-    return Replay(path=str((folder / "mixture.yaml").resolve()), share=json.loads(done.read_text())["share"])
+    told = json.loads(done.read_text())
+    passes = told["share"] * choice.run_tokens / max(told["tokens"], 1)
+    if passes > 1.05 * PASSES and world.rank == 0:
+        log.warning(
+            "the run is longer than the one these texts were written for: they come round %.0f times. A new --out writes more.",
+            passes,
+        )
+    return Replay(path=str((folder / "mixture.yaml").resolve()), share=told["share"])
 
 
 def _tell(folder: Path, choice: ReplayChoice) -> None:

@@ -75,8 +75,9 @@ def open_data(
     held: list[Source] = []
 
     def trained_part(number: int, source: Source) -> Source:
-        trained, kept = split(source, held_out if number < len(mixture.sources) else 0.0)
-        held.append(kept)
+        trained, kept = split(source, held_out)
+        # Of what is replayed nothing judges, but what is held out above is not learned from here either.
+        held.append(kept if number < len(mixture.sources) else _only(kept, np.zeros(len(kept.row_S), bool)))
         return trained
 
     loader = make_loader(
@@ -113,18 +114,18 @@ def open_data(
 
 
 def split(source: Source, share: float) -> tuple[Source, Source]:
-    """(what is trained on, what is held out): by a record's content, so that a record stays on its side whatever is added beside it,
-    and repeats of it stay with it. A source too small to give a record gives none."""
-    is_held_S = (digests(source) >> np.uint64(11)).astype(np.float64) / 2.0**53 < share
+    """(what is trained on, what is held out): by what a record says and shows, so that it stays on its side whatever is added beside it
+    and whatever it is called, and repeats of it stay with it. A source too small to give a record gives none."""
+    is_held_S = (contents(source) >> np.uint64(11)).astype(np.float64) / 2.0**53 < share
     if is_held_S.all():
         is_held_S[:] = False
     return _only(source, ~is_held_S), _only(source, is_held_S)
 
 
-def digests(source: Source) -> np.ndarray:
-    """uint64, of each record's content."""
+def contents(source: Source) -> np.ndarray:
+    """uint64, the same for records that say and show the same."""
     rows = [source.row_S[source.shard_S == number] for number in range(len(source.shards))]
-    return np.concatenate([shard.digest_S[row] for shard, row in zip(source.shards, rows, strict=True)])
+    return np.concatenate([shard.content_S[row] for shard, row in zip(source.shards, rows, strict=True)])
 
 
 def _only(source: Source, is_kept_S: np.ndarray) -> Source:
@@ -140,11 +141,11 @@ def _only(source: Source, is_kept_S: np.ndarray) -> Source:
 
 
 def plan_held_out(sources: tuple[Source, ...], budget: PackBudget) -> tuple[tuple[Item, ...], ...]:
-    """Up to HELD_OUT_PACKS packs of records, in the order of their digests; of a long text the first piece."""
+    """Up to HELD_OUT_PACKS packs of records, in the order of their contents' digests; of a long text the first piece."""
     order = sorted(
         (digest, number, record)
         for number, source in enumerate(sources)
-        for record, digest in enumerate(digests(source).tolist())
+        for record, digest in enumerate(contents(source).tolist())
     )
     packs: list[list[Item]] = []
     tokens = patches = 0

@@ -133,7 +133,7 @@ class ChatRequest(Strict):
     thinking_budget: Annotated[int, Field(ge=1, le=2**31)] | None = None
     """Most tokens of a Thinking model's thought; then it is closed."""
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
-    """Prompts are looked up in the prefix cache only among those with the same salt."""
+    """Prompts and their media are looked up in the caches only among those with the same salt."""
     grounding: Grounding | None = None
     explain: bool = False
     """Say in the reply which sampling, pixel and frame budgets were applied."""

@@ -96,8 +96,9 @@ def fit(
 ) -> int:
     """Train from the newest checkpoint in `out`, or from the start, to `config.steps` (or `stop_after`, for a planned pause).
 
-    A resumed run is bitwise the run that never stopped: weights, optimizer, order of packs, losses. Writes `log.jsonl`, `skipped.jsonl`
-    and `step-*` there. Watchers (evaluation, export, progress) are called after each step.
+    A resumed run is bitwise the run that never stopped: weights, optimizer, order of packs, losses (measured on CPUs; on a GPU sums of
+    gradients may differ in their last bits). Writes `log.jsonl`, `skipped.jsonl`
+    (of each rank) and `step-*` there. Watchers (evaluation, export, progress) are called after each step.
 
     `should_stop` is asked after each step (a person pressed Ctrl-C); the run is then saved and left, after a refused step once one was
     taken again. `settings` (JSON) and the config are kept in the checkpoint, and a resume under other ones is refused. Returns the step
@@ -129,7 +130,7 @@ def _fit(
     optimizer = Optimizer(objective, config.optimizer, world)
     guard = SpikeGuard(sigmas=config.spike_sigmas)
     kept = _settings(config, settings)
-    first = _resume(out, objective, optimizer, stream, guard, kept)
+    first = _resume(out, objective, optimizer, stream, guard, kept, world)
     rows = _log(out, first) if world.rank == 0 else None
     last = min(config.steps, stop_after or config.steps)
     went_back, went_to = 0, first
@@ -190,7 +191,7 @@ def _fit(
             if went_back == 3:
                 raise ValueError(
                     f"the run went back to the checkpoint of step {went_to} three times and steps are still refused ({skipped}); look at "
-                    "the samples in skipped.jsonl, lower the rate, or raise spike_sigmas."
+                    "the samples in skipped*.jsonl, lower the rate, or raise spike_sigmas."
                 )
             log.warning("three steps in a row were refused; going back to the newest checkpoint")
             step = went_to = _roll_back(out, objective, optimizer, stream, guard, step)
@@ -246,11 +247,18 @@ def _check_settings(before: dict[str, Any], now: dict[str, Any], out: Path) -> N
 
 
 def _resume(
-    out: Path, objective: Objective, optimizer: Optimizer, stream: Stream, guard: SpikeGuard, settings: dict[str, Any]
+    out: Path,
+    objective: Objective,
+    optimizer: Optimizer,
+    stream: Stream,
+    guard: SpikeGuard,
+    settings: dict[str, Any],
+    world: World,
 ) -> int:
     """The step to go on from; 0 when there is no checkpoint."""
     assert isinstance(objective, nn.Module)
     saved = newest(out)
+    _check_alike(0 if saved is None else saved.step, out, world)
     if saved is None:
         return 0
     _check_settings(saved.state["settings"], settings, out)
@@ -260,6 +268,14 @@ def _resume(
     guard.restore(saved.state["guard"])
     log.info("resumed from step %d in %s", saved.step, out)
     return saved.step
+
+
+def _check_alike(step: int, out: Path, world: World) -> None:
+    """Ranks on hosts that do not share `out` would go on from different steps, and wait for each other for ever."""
+    if world.sum(step) != step * world.size:
+        raise ValueError(
+            f"rank {world.rank} finds step {step} in {out}, other ranks another; give a folder that all hosts share."
+        )
 
 
 def _roll_back(

@@ -58,7 +58,7 @@ def export_every(
         if report.step % steps or report.step == report.steps:
             return
         folder = out / f"export-{report.step:08d}"
-        copy = snapshot(model, world, dtype=dtype)
+        copy = snapshot(model, world, dtype=dtype, device="cpu")
         if copy is not None:
             save(copy, folder, companions=companions)
             log.info("wrote %s", folder)
@@ -68,13 +68,16 @@ def export_every(
 
 
 @torch.no_grad()
-def snapshot(model: Qwen3VL, world: World, *, dtype: torch.dtype | None = None) -> Qwen3VL | None:
-    """A copy with whole weights and any adapter merged, on the world's device; None on all ranks but the first, which must call this too.
+def snapshot(
+    model: Qwen3VL, world: World, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> Qwen3VL | None:
+    """A copy with whole weights and any adapter merged, on the world's device unless told otherwise; None on all ranks but the first,
+    which must call this too.
 
     The model that trains stays as it is.
     """
     is_first = world.rank == 0
-    copy = empty_model(model.config, dtype=dtype or model.dtype, device=world.device) if is_first else None
+    copy = empty_model(model.config, dtype=dtype or model.dtype, device=device or world.device) if is_first else None
     targets = {} if copy is None else dict(copy.named_parameters())
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):

@@ -110,8 +110,8 @@ def at_second(size: int = 64, *, slices: int = 16) -> World:
             splits_by=repr(clip),
         )
 
-    def prior() -> Prior:
-        pairs = combinations(len(NAMES), len(SHAPES), "train")
+    def prior(split: Split) -> Prior:
+        pairs = combinations(len(NAMES), len(SHAPES), split)
         shares = {name: sum(NAMES[row] == name for row, _ in pairs) / len(pairs) for name in NAMES}
         best = max(shares, key=shares.__getitem__)
         return Prior(answer=best, score=shares[best], nats=-sum(p * math.log(p) for p in shares.values()))
@@ -149,7 +149,7 @@ def _show(clip: Clip, random: Generator, size: int) -> tuple[ContentPart, ...]:
 
 
 @cache
-def appear_prior() -> Prior:
+def appear_prior(_: Split) -> Prior:
     """The law of the mark, by folding the laws of its gaps; the best answer covers the likeliest stretch of one second."""
     longest = STARTS[-1] + SLICES[-1] * (INSIDE[-1] + BETWEEN[-1]) + 1
     start, inside, half, between = (

@@ -65,7 +65,7 @@ def draw_digit(random: Generator, split: Split) -> tuple[int, str]:
     return drawn, INKS[inks[random.integers(len(inks))]]
 
 
-def prior() -> Prior:
+def prior(_: Split) -> Prior:
     return Prior(answer="0", score=1 / 10, nats=math.log(10))
 
 

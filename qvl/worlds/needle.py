@@ -89,7 +89,13 @@ def tagged(
             follow_ups=tuple((question(KEYS[key]), pair(key, said[key])) for key in rest),
         )
 
-    return World(name=f"needle{length}", category="long_text", plan=plan, show=_show, find_prior=lambda: prior(answers))
+    return World(
+        name=f"needle{length}",
+        category="long_text",
+        plan=plan,
+        show=_show,
+        find_prior=lambda split: prior(answers, split),
+    )
 
 
 def question(key: str) -> str:
@@ -105,9 +111,9 @@ def fact(key: int, value: int) -> str:
     return f"Tag {pair(key, value)}."
 
 
-def prior(answers: int) -> Prior:
+def prior(answers: int, split: Split) -> Prior:
     """Who sees the key knows which colours it may have, each equally likely."""
-    pairs = combinations(len(KEYS), answers, "train")
+    pairs = combinations(len(KEYS), answers, split)
     shares = [sum(column == value for _, column in pairs) / len(pairs) for value in range(answers)]
     best = max(range(answers), key=shares.__getitem__)
     nats = [math.log(sum(row == key for row, _ in pairs)) for key in range(len(KEYS))]

@@ -70,8 +70,8 @@ def name(size: int = 128) -> World:
             splits_by=repr(thing),
         )
 
-    def prior() -> Prior:
-        pairs = combinations(len(NAMES), len(SHAPES), "train")
+    def prior(split: Split) -> Prior:
+        pairs = combinations(len(NAMES), len(SHAPES), split)
         colour, shape = pairs[0]
         return Prior(answer=pair(SHAPES[shape], NAMES[colour]), score=1 / len(pairs), nats=math.log(len(pairs)))
 
@@ -97,8 +97,8 @@ def shape(size: int = 128) -> World:
             splits_by=repr(thing),
         )
 
-    def prior() -> Prior:
-        pairs = combinations(len(NAMES), len(SHAPES), "train")
+    def prior(split: Split) -> Prior:
+        pairs = combinations(len(NAMES), len(SHAPES), split)
         shares = [sum(column == number for _, column in pairs) / len(pairs) for number in range(len(SHAPES))]
         best = max(range(len(SHAPES)), key=shares.__getitem__)
         return Prior(answer=SHAPES[best], score=shares[best], nats=-sum(p * math.log(p) for p in shares))
@@ -155,7 +155,7 @@ def count(size: int = 128) -> World:
             splits_by=repr(things),
         )
 
-    return _world("shapes.count", "counting", size, plan, lambda: Prior(answer="1", score=1 / 5, nats=math.log(5)))
+    return _world("shapes.count", "counting", size, plan, lambda _: Prior(answer="1", score=1 / 5, nats=math.log(5)))
 
 
 def caption(size: int = 128) -> World:
@@ -178,8 +178,8 @@ def caption(size: int = 128) -> World:
             splits_by=repr(things),
         )
 
-    def prior() -> Prior:
-        pairs = combinations(len(NAMES), len(SHAPES), "train")
+    def prior(split: Split) -> Prior:
+        pairs = combinations(len(NAMES), len(SHAPES), split)
         looks = len(pairs) * len(TEXTURES)
         colour, shape = pairs[0]
         # One object in a third of the pictures, two on average, each look equally likely.
@@ -286,7 +286,7 @@ def _middle(thing: Thing) -> float:
 
 
 @cache
-def _box_prior() -> Prior:
+def _box_prior(_: Split) -> Prior:
     """The best constant box lies in the middle; its side is found by summing IoU over every side and a grid of places."""
     least, longest = SIDES
     sides = range(least, longest + 1)

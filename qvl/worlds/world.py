@@ -78,7 +78,8 @@ class World:
     plan: Callable[[Generator, Split], Plan]
     show: Callable[[Any, Generator], tuple[ContentPart, ...]]
     """The evidence for a plan's facts."""
-    find_prior: Callable[[], Prior]
+    find_prior: Callable[[Split], Prior]
+    """Of a split; computed from the laws its scenes are drawn by."""
 
     def __call__(self, seed: int, index: int, split: Split = "train") -> Example:
         random, plan = self._plan(seed, index, split)
@@ -102,8 +103,8 @@ class World:
 
     @property
     def prior(self) -> Prior:
-        """Of the train split; computed from the laws the scenes are drawn by."""
-        return self.find_prior()
+        """Of the train split."""
+        return self.find_prior("train")
 
     def _plan(self, seed: int, index: int, split: Split) -> tuple[Generator, Plan]:
         random = numbers_for(self.name, seed, index, split)

@@ -53,7 +53,7 @@ def after_flash(least: int, most: int) -> World:
         )
 
     return World(
-        name=f"after_flash{least}-{most}", category="video", plan=plan, show=show, find_prior=lambda: _one_of(NAMES)
+        name=f"after_flash{least}-{most}", category="video", plan=plan, show=show, find_prior=lambda _: _one_of(NAMES)
     )
 
 
@@ -89,7 +89,7 @@ def change(rates: Sequence[float], *, longest: float = 16.0, is_told: bool = Fal
         category="text" if is_told else "video",
         plan=plan,
         show=tell if is_told else show,
-        find_prior=cache(lambda: _moment(world)),
+        find_prior=cache(lambda _: _moment(world)),
     )
     return world
 

@@ -57,7 +57,7 @@ def letter(least: int, most: int) -> World:
         )
 
     prior = Prior(answer=LETTERS[0], score=1 / len(LETTERS), nats=math.log(len(LETTERS)))
-    return World(name=f"letter{least}-{most}", category="ocr", plan=plan, show=_show, find_prior=lambda: prior)
+    return World(name=f"letter{least}-{most}", category="ocr", plan=plan, show=_show, find_prior=lambda _: prior)
 
 
 def _show(facts: Letter, random: Generator) -> tuple[ContentPart, ...]:

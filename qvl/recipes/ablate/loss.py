@@ -9,7 +9,7 @@ from qvl.recipes.ablate.ablation import Ablation, Material, Probe, Trained, answ
 from qvl.recipes.ablate.arm import Arm, maker_of
 from qvl.recipes.ablate.toy import toy_processor
 from qvl.recipes.made_stream import Maker, of_text
-from qvl.recipes.quickstart.corpus import documents
+from qvl.recipes.quickstart.corpus import documents, split
 from qvl.worlds import shapes
 
 WINDOW = 192
@@ -19,12 +19,12 @@ NAME = shapes.name(64)
 
 def prepare() -> Material:
     texts = documents(("sklearn",))
-    train = "\n\n".join(text for i, text in enumerate(texts) if i % 20)
+    learned, held_out = split(texts)
+    train = "\n\n".join(learned)
     processor = toy_processor([NAME], [train[:400_000]], size=512)
-    held_out = "\n\n".join(text for i, text in enumerate(texts) if i % 20 == 0)
     # So much that no run reads a byte twice, and no more, because a tokenizer's minute is a minute too.
     prose_T = torch.tensor(processor.tokenizer.encode_text(train[:1_500_000]))
-    return Material(processor=processor, prose_T=prose_T, held_out=held_out[:20_000])
+    return Material(processor=processor, prose_T=prose_T, held_out="\n\n".join(held_out)[:20_000])
 
 
 def learn(material: Material, arm: Arm, seed: int) -> Mapping[str, tuple[Maker, float]]:

@@ -16,7 +16,7 @@ from qvl.parallel.data_parallel import join_world, leave_world
 from qvl.prompt.message import Image, Video
 from qvl.prompt.processor import Processor
 from qvl.recipes.quickstart.ask import answer, same_answers
-from qvl.recipes.quickstart.corpus import documents
+from qvl.recipes.quickstart.corpus import documents, split
 from qvl.recipes.quickstart.film import watch
 from qvl.recipes.quickstart.language import judged_prose, small_model, tell
 from qvl.recipes.quickstart.long import remember
@@ -46,6 +46,13 @@ class Options:
             )
 
 
+def _check_out(folder: Path) -> None:
+    """The folder is emptied, so it must be one that a story has written."""
+    is_ours = any((folder / name).exists() for name in ("lessons", "report.json", "checkpoint"))
+    if folder.exists() and not is_ours and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} holds other things and would be emptied; give --out a new folder.")
+
+
 def main(options: Options) -> int:
     """Returns 1 when a floor is broken or transformers answers differently."""
     # Matrices this small lose by being split over threads: a rank is a process of one thread.
@@ -59,9 +66,12 @@ def main(options: Options) -> int:
         console=Console(quiet=ranks.rank > 0),
     )
     work, folder = story.work, story.work / "checkpoint"
+    _check_out(work)
+    ranks.barrier()
     if story.speaks:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
+        film(work)  # what is missing is said now, not a quarter of an hour later
     ranks.barrier()
     pictures = worlds() | {"clips.appear": clips.appear()}
     with story.chapter(
@@ -79,12 +89,9 @@ def main(options: Options) -> int:
     ):
         model = small_model(tokenizer, seed=options.seed)
         story.save(folder, model, tokenizer)
-        pupil = Pupil(
-            model=model,
-            processor=Processor.from_folder(folder),
-            prose=[text for i, text in enumerate(texts) if i % 20],
-            held_out=[text for i, text in enumerate(texts) if i % 20 == 0],
-        )
+        # The tokenizer has counted its pairs over all documents; the network never reads what is held out.
+        learned, held_out = split(texts)
+        pupil = Pupil(model=model, processor=Processor.from_folder(folder), prose=learned, held_out=held_out)
         story.console.print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {folder}")
 
     with story.chapter(

@@ -9,6 +9,9 @@ from pathlib import Path
 PACKAGES = ("sklearn", "skimage", "scipy")
 """Installed by the test extra at the versions in constraints.txt, so the text is the same everywhere."""
 
+LINE = 40
+"""Letters of a line that tells texts apart."""
+
 
 def documents(packages: tuple[str, ...] = PACKAGES) -> list[str]:
     """One document a module: its docstrings in order, longest modules first, duplicates dropped."""
@@ -24,6 +27,20 @@ def documents(packages: tuple[str, ...] = PACKAGES) -> list[str]:
                 seen.add(digest)
                 found.append(text)
     return found
+
+
+def split(texts: list[str]) -> tuple[list[str], list[str]]:
+    """(to learn from, held out): every twentieth document is held out, without the paragraphs of which a line of LINE letters stands in a
+    text to learn from, as descriptions of parameters do."""
+    learned = [text for i, text in enumerate(texts) if i % 20]
+    known = {line for text in learned for line in _lines(text)}
+    held_out = ["\n\n".join(p for p in text.split("\n\n") if known.isdisjoint(_lines(p))) for text in texts[::20]]
+    return learned, held_out
+
+
+def _lines(text: str) -> list[str]:
+    lines = (" ".join(line.split()) for line in text.splitlines())
+    return [line for line in lines if len(line) >= LINE]
 
 
 def package_folder(name: str) -> Path:

@@ -41,7 +41,9 @@ def see(story: Story, pupil: Pupil) -> None:
     seconds += story.teach(NextToken(pupil.model), makers | parts(words, 0.025), lesson, seed=20)
     for name, (skill, split, floor, promise, most) in SKILLS.items():
         got, without = story.ask(pupil, worlds()[name], split=split)
-        note(story, "S1", skill, (floor, story.size.promise(promise, most)), got, without, worlds()[name], seconds)
+        note(
+            story, "S1", skill, (floor, story.size.promise(promise, most)), got, without, worlds()[name], seconds, split
+        )
 
 
 def kept(story: Story, pupil: Pupil, *, after: str) -> None:
@@ -81,6 +83,7 @@ def note(
     without: float,
     world: World,
     seconds: float,
+    split: Split = "heldout",
 ) -> None:
     floor, promise = aims
     story.note(
@@ -91,7 +94,7 @@ def note(
             promise=promise,
             got=got,
             blind=without,
-            constant=world.prior.score,
+            constant=world.find_prior(split).score,
             seconds=seconds,
         )
     )
