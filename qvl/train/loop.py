@@ -97,8 +97,8 @@ def fit(
     """Train from the newest checkpoint in `out`, or from the start, to `config.steps` (or `stop_after`, for a planned pause).
 
     A resumed run is bitwise the run that never stopped: weights, optimizer, order of packs, losses (measured on CPUs; on a GPU sums of
-    gradients may differ in their last bits). Writes `log.jsonl`, `skipped.jsonl`
-    (of each rank) and `step-*` there. Watchers (evaluation, export, progress) are called after each step.
+    gradients may differ in their last bits). Writes `log.jsonl`, `skipped.jsonl` (of each rank) and `step-*` there. Watchers (evaluation,
+    export, progress) are called after each step.
 
     `should_stop` is asked after each step (a person pressed Ctrl-C); the run is then saved and left, after a refused step once one was
     taken again. `settings` (JSON) and the config are kept in the checkpoint, and a resume under other ones is refused. Returns the step

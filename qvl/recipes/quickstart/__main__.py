@@ -48,7 +48,7 @@ class Options:
 
 def _check_out(folder: Path) -> None:
     """The folder is emptied, so it must be one that a story has written."""
-    is_ours = any((folder / name).exists() for name in ("lessons", "report.json", "checkpoint"))
+    is_ours = any((folder / name).exists() for name in ("bikes.mp4", "lessons", "report.json"))
     if folder.exists() and not is_ours and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} holds other things and would be emptied; give --out a new folder.")
 
