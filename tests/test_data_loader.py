@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -312,6 +313,19 @@ def test_a_shard_without_an_index_says_how_to_make_one(tmp_path, small) -> None:
     Path(index_url(str(shard))).unlink()
     with pytest.raises(ValueError, match="has no index; build it with qvl data index"):
         loader(tmp_path / "data", small)
+
+
+def test_an_index_of_an_older_version_says_so(tmp_path, small) -> None:
+    [shard] = write_shards(tmp_path / "data", texts(3), small)
+    file = Path(index_url(str(shard)))
+    with np.load(file) as old:
+        columns = {name: old[name] for name in old.files if name != "content"}
+    head = json.loads(bytes(columns["head"])) | {"version": 1}
+    columns["head"] = np.frombuffer(json.dumps(head).encode(), np.uint8)
+    with file.open("wb") as out:
+        np.savez(out, **columns)
+    with pytest.raises(ValueError, match="has version 1, this code reads 2; build it again with qvl data index"):
+        read_index(str(shard), None)
 
 
 def test_a_record_that_cannot_be_indexed_is_flagged_and_never_planned(tmp_path, small) -> None:

@@ -10,7 +10,7 @@ import json
 import subprocess
 from pathlib import Path
 
-STEPS, CONTEXT, ROUNDS = 32, 240, 3
+from timing import BATCHES, CONTEXT, PROMPTS, ROUNDS, STEPS, say
 
 
 def lines(command: list[str]) -> list[dict[str, float]]:
@@ -29,13 +29,22 @@ def main() -> None:
     version = next(line for line in (said.stdout + said.stderr).splitlines() if "version" in line)
     peer = f"llama.cpp, {version}, built for this CPU, bf16 weights, f16 cache"
     batched = [str(args.programs / "llama-batched-bench"), *common, "-tb", str(args.threads), "-c", "8192"]
-    batched += ["-npp", str(CONTEXT), "-ntg", str(STEPS), "-npl", "1,8,16", "--output-format", "jsonl"]
+    batched += [
+        "-npp",
+        str(CONTEXT),
+        "-ntg",
+        str(STEPS),
+        "-npl",
+        ",".join(map(str, BATCHES)),
+        "--output-format",
+        "jsonl",
+    ]
     found = {f"decode step, batch {row['pl']}": row["t_tg"] / STEPS for row in lines(batched)}
-    prefill = [str(args.programs / "llama-bench"), *common, "-p", "512,4096", "-n", "0"]
+    prefill = [str(args.programs / "llama-bench"), *common, "-p", ",".join(map(str, PROMPTS)), "-n", "0"]
     prefill += ["-r", str(ROUNDS), "-o", "jsonl"]
     found |= {f"prefill {row['n_prompt']} tokens": row["avg_ns"] / 1e9 for row in lines(prefill)}
     for metric, seconds in found.items():
-        print(json.dumps({"metric": metric, "seconds": seconds, "peer": peer, "threads": args.threads}), flush=True)
+        say(metric, seconds, peer, args.threads)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ Each answer's length is checked, because a request that is refused takes no time
 # pyright: basic, reportMissingImports=false, reportArgumentType=false, reportOperatorIssue=false
 import argparse
 import json
-import statistics
 import time
 from pathlib import Path
 
@@ -20,10 +19,7 @@ import numpy as np
 import openvino as ov
 import openvino_genai as genai
 import transformers
-
-STEPS, WARM, ROUNDS = 32, 4, 3
-CONTEXT = 240
-"""Of a prompt, so that decoding is timed around 256."""
+from timing import CONTEXT, STEPS, say_medians, step_seconds, text_works
 
 
 def convert(folder: Path, tokenizer: Path, out: Path) -> None:
@@ -113,18 +109,12 @@ class Pipeline:
             assert len(found.generated_ids) == answer, f"{len(found.generated_ids)} tokens came, not {answer}"
 
     def decode(self, batch: int) -> float:
-        """Seconds a step: the middle of STEPS steps after every prompt is read."""
+        """Seconds a step, after every prompt is read."""
         handles = [self.ask(CONTEXT, STEPS) for _ in range(batch)]
         self.inner.step()  # reads all prompts, which fit one step's budget
-        for _ in range(WARM):
-            self.inner.step()
-        each = []
-        for _ in range(STEPS - WARM - 4):
-            start = time.perf_counter()
-            self.inner.step()
-            each.append(time.perf_counter() - start)
+        seconds = step_seconds(self.inner.step)
         self.finish(handles, STEPS)
-        return statistics.median(each)
+        return seconds
 
     def prefill(self, tokens: int) -> float:
         start = time.perf_counter()
@@ -145,17 +135,8 @@ def main() -> None:
     genai_peer = f"OpenVINO GenAI {genai.__version__.split('-')[0]}, continuous batching, its own choice of precision"
     tower_peer = f"OpenVINO {ov.__version__.split('-')[0]}, transformers' tower for this grid, bf16"
     works = {("encode 1024x1024 image", tower_peer): tower.encode}
-    works |= {
-        (f"decode step, batch {batch}", genai_peer): lambda batch=batch: pipeline.decode(batch) for batch in (1, 8, 16)
-    }
-    works |= {
-        (f"prefill {tokens} tokens", genai_peer): lambda tokens=tokens: pipeline.prefill(tokens)
-        for tokens in (512, 4096)
-    }
-    for (metric, peer), work in works.items():
-        work()
-        seconds = statistics.median(work() for _ in range(ROUNDS))
-        print(json.dumps({"metric": metric, "seconds": seconds, "peer": peer, "threads": args.threads}), flush=True)
+    works |= text_works(genai_peer, pipeline.decode, pipeline.prefill)
+    say_medians(works, args.threads)
 
 
 if __name__ == "__main__":

@@ -10,18 +10,16 @@ prefix cache is off, graphs are compiled as it comes; each step of its engine is
 import argparse
 import json
 import os
-import statistics
 import tempfile
 import time
 from pathlib import Path
 
-STEPS, WARM, ROUNDS = 32, 4, 3
-CONTEXT = 240
-"""Of a prompt, so that decoding is timed around 256."""
+from timing import CONTEXT, STEPS, say_medians, step_seconds, text_works
+from vllm_check import MEND, THEIR_SURROUNDINGS
 
 
 class Engine:
-    def __init__(self, folder: Path, threads: int) -> None:
+    def __init__(self, folder: Path) -> None:
         import numpy as np
         import vllm
 
@@ -50,18 +48,13 @@ class Engine:
         assert lengths == [answer] * asked, f"answers of {lengths} tokens came, not {asked} of {answer}"
 
     def decode(self, batch: int) -> float:
-        """Seconds a step: the middle of STEPS steps after every prompt is read."""
+        """Seconds a step, after every prompt is read."""
         for _ in range(batch):
             self.ask(CONTEXT, STEPS)
-        for _ in range(1 + WARM):  # the first reads all prompts
-            self.inner.step()
-        each = []
-        for _ in range(STEPS - WARM - 4):
-            start = time.perf_counter()
-            self.inner.step()
-            each.append(time.perf_counter() - start)
+        self.inner.step()  # reads all prompts
+        seconds = step_seconds(self.inner.step)
         self.finish(batch, STEPS)
-        return statistics.median(each)
+        return seconds
 
     def prefill(self, tokens: int) -> float:
         self.ask(tokens, 1)
@@ -75,27 +68,20 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--threads", type=int, required=True)
     args = parser.parse_args()
-    surroundings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    surroundings |= {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    os.environ.update(surroundings | {"OMP_NUM_THREADS": str(args.threads), "VLLM_LOGGING_LEVEL": "ERROR"})
+    os.environ.update(THEIR_SURROUNDINGS)
+    os.environ.update(VLLM_CPU_KVCACHE_SPACE="4", OMP_NUM_THREADS=str(args.threads), VLLM_LOGGING_LEVEL="ERROR")
     from importlib import metadata
 
     import torch
-    from vllm_check import MEND
 
-    exec(MEND)  # before vLLM looks for torchvision
-
+    kept: dict[str, object] = {}
+    exec(MEND, kept)  # before vLLM looks for torchvision; what it makes is gone with the names it made
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["VLLM_CACHE_ROOT"] = scratch
-        engine = Engine(args.folder, args.threads)
+        engine = Engine(args.folder)
         peer = f"vLLM for CPUs (vllm-cpu {metadata.version('vllm-cpu')}), bf16"
-        works = {f"decode step, batch {batch}": lambda batch=batch: engine.decode(batch) for batch in (1, 8, 16)}
-        works |= {f"prefill {tokens} tokens": lambda tokens=tokens: engine.prefill(tokens) for tokens in (512, 4096)}
-        for metric, work in works.items():
-            work()
-            seconds = statistics.median(work() for _ in range(ROUNDS))
-            print(json.dumps({"metric": metric, "seconds": seconds, "peer": peer, "threads": args.threads}), flush=True)
+        say_medians(text_works(peer, engine.decode, engine.prefill), args.threads)
 
 
 if __name__ == "__main__":

@@ -192,16 +192,16 @@ def read_index(shard: str, mark: str | None, store: Store | None = None, *, with
     try:
         with np.load(io.BytesIO(store.read(url)), allow_pickle=False) as file:
             head = json.loads(bytes(file["head"]))
-            if head["version"] != VERSION:
-                raise ValueError(
-                    f"{url} has version {head['version']}, this code reads {VERSION}; build it again with qvl data index."
-                )
             ids = tuple(json.loads(bytes(file["ids"]))) if with_ids else ()
-            columns = {f"{name}_S": file[name] for name in _COLUMNS}
+            columns = {f"{name}_S": file[name] for name in _COLUMNS if head["version"] == VERSION}
     except (KeyError, OSError, ValueError, EOFError) as error:
         raise ValueError(
             f"{url} is no index of ours ({type(error).__name__}); build it again with qvl data index."
         ) from error
+    if head["version"] != VERSION:
+        raise ValueError(
+            f"{url} has version {head['version']}, this code reads {VERSION}; build it again with qvl data index."
+        )
     if mark is not None and head["fingerprint"] != mark:
         raise ValueError(
             f"{url} was built with another tokenizer, template or visual budget than this model's, so its lengths are wrong; "

@@ -25,6 +25,8 @@ inline __m512 widen(const bf16* x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x)), 16));
 }
 
+inline __m512 widen(const float* x) { return _mm512_loadu_ps(x); }
+
 inline void narrow(bf16* x, __m512 value) { _mm256_storeu_si256((__m256i*)x, (__m256i)_mm512_cvtneps_pbh(value)); }
 
 inline __m512bh load(const bf16* x) { return (__m512bh)_mm512_loadu_si512(x); }
@@ -235,17 +237,22 @@ inline void norm(const bf16* x, const bf16* weight, bf16* out, int64_t width, fl
         narrow(out + d, _mm512_mul_ps(_mm512_mul_ps(widen(x + d), scale), widen(weight + d)));
 }
 
-// RMSNorm of one head, then (a, b) -> (a cos - b sin, b cos + a sin).
+// (a, b) -> (a cos - b sin, b cos + a sin) of one head; in place too.
+template <class Angle>
+inline void rotate(const bf16* x, const Angle* cos, const Angle* sin, bf16* out, int64_t width) {
+    int64_t half = width / 2;
+    for (int64_t h = 0; h < half; h += 16) {
+        __m512 a = widen(x + h), b = widen(x + half + h), c = widen(cos + h), s = widen(sin + h);
+        narrow(out + h, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)));
+        narrow(out + half + h, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)));
+    }
+}
+
 inline void norm_and_rotate(const bf16* x, const bf16* weight, const bf16* cos, const bf16* sin, bf16* out,
                             int64_t width, float eps) {
     bf16 normed[kWidest];
     norm(x, weight, normed, width, eps);
-    int64_t half = width / 2;
-    for (int64_t h = 0; h < half; h += 16) {
-        __m512 a = widen(normed + h), b = widen(normed + half + h), c = widen(cos + h), s = widen(sin + h);
-        narrow(out + h, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)));
-        narrow(out + half + h, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)));
-    }
+    rotate(normed, cos, sin, out, width);
 }
 
 struct Shape {
@@ -521,8 +528,8 @@ void project(const void* weight, const float* scale, const bf16* x, bf16* out, i
 }
 
 // Queries (count, heads, width) of one sequence, the last `count` of its `total` tokens and `q_row` apart, over its keys
-// and values, which lie `row` apart from token to token and `head` apart from head to head. Each sees what is not behind it, or
-// everything where not `causal`. `scratch` holds 2 * width * (total rounded up to 64) numbers.
+// and values, which lie `row` apart from token to token and `head` apart from head to head. Each sees what is not behind
+// it, or everything where not `causal`. `scratch` holds 2 * width * (total rounded up to 64) numbers.
 void attend_many(const bf16* q, const bf16* key, const bf16* value, bf16* out, int64_t count, int64_t total,
                  int64_t heads, int64_t kv_heads, int64_t width, int64_t q_row, int64_t row, int64_t head, int64_t causal,
                  bf16* scratch, int threads) {
@@ -591,19 +598,13 @@ void place_rows(const Shape* shape, const bf16* q_norm, const bf16* k_norm, cons
         for (int64_t n = 0; n < shape->heads + shape->kv_heads; n++) place(*shape, rotation, m, n);
 }
 
-// The first `heads` of each row, (a, b) -> (a cos - b sin, b cos + a sin) in place; cos and sin (rows, width), the second
-// half as the first.
+// The first `heads` of each row of x, in place; cos and sin (rows, width), the second half as the first.
 void turn_rows(bf16* x, const float* cos, const float* sin, int64_t rows, int64_t row, int64_t heads, int64_t width,
                int threads) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t m = 0; m < rows; m++)
         for (bf16* a = x + m * row; a < x + m * row + heads * width; a += width)
-            for (int64_t h = 0; h < width / 2; h += 16) {
-                __m512 c = _mm512_loadu_ps(cos + m * width + h), s = _mm512_loadu_ps(sin + m * width + h);
-                __m512 low = widen(a + h), high = widen(a + width / 2 + h);
-                narrow(a + h, _mm512_fmsub_ps(low, c, _mm512_mul_ps(high, s)));
-                narrow(a + width / 2 + h, _mm512_fmadd_ps(high, c, _mm512_mul_ps(low, s)));
-            }
+            rotate(a, cos + m * width, sin + m * width, a, width);
 }
 
 // gate = silu(gate) * up

@@ -29,7 +29,9 @@ def main(socket_fd: int, life_fd: int, settings: dict[str, Any]) -> None:
             limits = MediaLimits(**settings["limits"])
             jobs = importlib.import_module(settings["jobs"]).JOBS
         except ImportError as error:
-            return _refuse_all(wire, f"the decoding process cannot import {error.name}; install it beside qvl.")
+            return _refuse_all(
+                wire, f"the decoding process cannot import {error.name or error}; install it beside qvl."
+            )
         # Our own limit is checked on the header, and says the size; past twice as many Pillow stops by itself, also half-way in a file.
         Image.MAX_IMAGE_PIXELS = limits.max_pixels
         while request := _receive(wire):

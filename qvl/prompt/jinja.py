@@ -78,7 +78,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(["+", "*", "**", "%"])
 
     def __init__(self, limits: RenderLimits, to_json: Callable[..., str]) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"], finalize=self._text
+        )
         self.limits, self.to_json = limits, to_json
         kept = {name: self.globals[name] for name in ("range", "dict", "namespace")}
         self.globals = kept | {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
@@ -150,7 +152,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
                 waiting += item
 
     def _replace(self, value: Any, old: Any, new: Any, count: int | None = None) -> str:
-        text, old, new = str(value), str(old), str(new)
+        text, old, new = self._text(value), self._text(old), self._text(new)
         self._check_replace(text, old, new)
         return text.replace(old, new, -1 if count is None else count)
 
