@@ -137,7 +137,7 @@ def test_a_chunk_of_a_prompt_sees_what_the_reference_lets_it_see(
 
 
 @has_kernels
-@pytest.mark.parametrize("weights", ["plain", "packed", "adapted"])
+@pytest.mark.parametrize("weights", ["plain", "packed", "packed by the first picture", "adapted"])
 @pytest.mark.parametrize("lengths", [(64,), (4, 4, 4), (100, 36), (16, 0, 300)])
 def test_a_block_of_the_tower_gives_what_the_plain_one_gives(lengths: tuple[int, ...], weights: str) -> None:
     owner = new_model(model().config, dtype=torch.bfloat16).requires_grad_(False)
@@ -157,12 +157,50 @@ def test_a_block_of_the_tower_gives_what_the_plain_one_gives(lengths: tuple[int,
         truth = copy.deepcopy(block).float()(x_PC.float(), *angles, layout)
     if weights == "packed":
         prepare(owner, pack=True, free=True)
+    late = weights == "packed by the first picture"
+    assert not late or not prepare(owner, free=True)
     with torch.inference_mode():
         ours = run_block(block, x_PC, *angles, layout).float()
+        assert torch.equal(run_block(block, x_PC, *angles, layout).float(), ours)
+    assert block.attn.qkv.weight.is_meta == (late or weights == "packed")
     noise, moved = (plain - truth).abs(), (truth - x_PC.float()).abs().mean()
     assert moved > 20 * noise.mean()
     assert (ours - truth).abs().mean() < 1.1 * noise.mean()
     assert (ours - truth).abs().max() < 1.5 * noise.max()
+
+
+@has_kernels
+@pytest.mark.parametrize("size", [0.0, 1.0, 30.0, 1000.0])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_scores_may_be_of_any_size_and_grow_from_key_to_key(size: float, is_causal: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(200, 2, 64, generator=draw) for _ in range(3))
+    k = k * torch.linspace(0, size, 200)[:, None, None]
+    q, k, v = (x.bfloat16() for x in (q, k, v))
+    out, loaded = torch.empty_like(q), library()
+    assert loaded is not None
+    attend_many(loaded, q, k, v, out, is_causal=is_causal)
+    truth = reference(q.double(), k.double(), v.double(), Packed((200,), is_causal=is_causal))
+    torch.testing.assert_close(out.double(), truth, atol=0.02, rtol=0.02)
+
+
+@has_kernels
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("which", ["query", "key", "value"])
+def test_what_is_no_number_reaches_all_who_see_it_and_no_other_head(bad: float, which: str) -> None:
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(200, 2, 64, generator=draw).bfloat16() for _ in range(3))
+    {"query": q, "key": k, "value": v}[which][150, 1, 7] = bad
+    if which == "key":
+        q[:, 1, 7] = 1  # so that its score is the largest, not the smallest
+    out, loaded = torch.empty_like(q), library()
+    assert loaded is not None
+    attend_many(loaded, q, k, v, out)
+    is_whole = out.isfinite().all(2)
+    # Rows of a block meet the same tiles, and nought times NaN is NaN: those from 96 on may be met too.
+    assert is_whole[:, 0].all() and is_whole[:96, 1].all()
+    assert not is_whole[150 : 151 if which == "query" else None, 1].any()
+    assert which != "query" or is_whole[151:, 1].all()
 
 
 @has_kernels

@@ -362,9 +362,11 @@ void attend(const bf16* q, const bf16* key, const bf16* value, const int64_t* bl
 constexpr int kTile = 64, kTogether = 6, kRows = 48;
 constexpr float kAbove = 8;
 
-// out (6, 64) = or += a (6, 2 * pairs) b, where b is (pairs, columns, 2) and 64 of its columns are met.
+// out (6, 64) = or += a (6, 2 * pairs) b, where b is (pairs, columns, 2) and 64 of its columns are met. aside(p): other
+// work that is woven in, because the CPU looks too few instructions ahead to find it behind the last pair.
+template <class Aside>
 inline void multiply(const bf16* a, int64_t a_row, const bf16* b, int64_t columns, int64_t pairs, float* out,
-                     int64_t out_row, bool add) {
+                     int64_t out_row, bool add, Aside aside) {
     __m512 sum[kTogether][4];
 #pragma GCC unroll 6
     for (int r = 0; r < kTogether; r++)
@@ -380,6 +382,7 @@ inline void multiply(const bf16* a, int64_t a_row, const bf16* b, int64_t column
 #pragma GCC unroll 4
             for (int c = 0; c < 4; c++) sum[r][c] = _mm512_dpbf16_ps(sum[r][c], v, w[c]);
         }
+        aside(p);
     }
 #pragma GCC unroll 6
     for (int r = 0; r < kTogether; r++)
@@ -395,62 +398,96 @@ inline void pair_keys(const bf16* key, int64_t row, int64_t width, int64_t count
             to[p * kTile + j] = j < count ? *(const uint32_t*)(key + j * row + 2 * p) : 0;
 }
 
-// 64 values: (32, width, 2)
+// 64 values: (32, width, 2), in the order in which soften() leaves their weights.
 inline void pair_values(const bf16* value, int64_t row, int64_t width, int64_t count, bf16* out) {
-    for (int64_t j = 0; j < kTile; j += 2)
-        for (int64_t h = 0; h < width; h++) {
-            *out++ = j < count ? value[j * row + h] : 0;
-            *out++ = j + 1 < count ? value[(j + 1) * row + h] : 0;
+    alignas(64) int16_t order[64];  // a0 b0 a1 b1 ...
+    for (int i = 0; i < 64; i++) order[i] = i / 2 + i % 2 * 32;
+    const __m512i low = _mm512_load_si512(order), high = _mm512_load_si512(order + 32), none = _mm512_setzero_si512();
+    for (int64_t i = 0; i < kTile; i += 2) {
+        // Four of the first sixteen, four of the next, and so on.
+        int64_t j = i / 32 * 32 + i % 8 / 4 * 16 + i % 32 / 8 * 4 + i % 4;
+        for (int64_t h = 0; h < width; h += 32, out += 64) {
+            const bf16* at = value + j * row + h;
+            __m512i a = j < count ? _mm512_loadu_si512(at) : none, b = j + 1 < count ? _mm512_loadu_si512(at + row) : none;
+            _mm512_storeu_si512(out, _mm512_permutex2var_epi16(a, low, b));
+            _mm512_storeu_si512(out + 32, _mm512_permutex2var_epi16(a, high, b));
         }
+    }
 }
 
 struct Queries {
     alignas(64) bf16 query[kRows * 128];
-    alignas(64) float score[kRows * kTile];
-    alignas(64) bf16 weight[kRows * kTile];
+    alignas(64) float score[2][kTogether * kTile];  // of six rows, and of the six before
+    alignas(64) bf16 weight[kTogether * kTile];
     alignas(64) float mixed[kRows * 128];
     alignas(64) float total[kRows * 16];  // in sixteen parts
-    float top[kRows];
+    float top[kRows], shift[kRows];
     int64_t last[kRows];  // the last key that a row sees
 };
 
-// 2^x for x up to 126: 2^floor(x) by the exponent, 2^r with 0 <= r < 1 by a cubic (error 1e-4 of the value, a twentieth of
-// what rounding to bf16 adds). 0 for -inf, NaN for NaN.
-inline __m512 exp2(__m512 x) {
-    __m512 r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC), p = _mm512_set1_ps(0.07802452f);
-    for (float c : {0.22606719f, 0.6958335f, 0.9999252f}) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
-    return _mm512_scalef_ps(p, x);
+// Weights are powers of two of scores, and bf16: 128 to a doubling, as many as the format has numbers. Scores become whole
+// numbers of 128ths, the lower seven bits of which a table turns into the fraction; the upper ones are the exponent as
+// they stand. Rounding adds to a weight about what rounding to bf16 does (0.3 % at most), and the total is of the weights as
+// rounded.
+struct Powers {
+    alignas(64) uint16_t fraction[128];
+    float scale;  // of a score: to 128ths of a power of two
+    explicit Powers(int64_t width) : scale(128 * 1.44269504f / std::sqrt((float)width)) {
+        for (int i = 0; i < 128; i++) fraction[i] = (uint16_t)std::lround(128 * (std::exp2(i / 128.0) - 1));
+    }
+};
+
+inline void set_top(Queries& s, int64_t r, float top) {  // in 128ths
+    s.top[r] = top;
+    s.shift[r] = 127 * 128 - top;
 }
 
-// Weights of one row for 64 keys, of which it sees the first `seen`; brings its top, total and mixed up to date. Scores
-// times `scale` are powers of two. The top moves only when a score is more than kAbove over it, so that the largest of
-// 64 scores need not be found for each row: weights up to 2^kAbove do no harm.
-template <bool kAll>  // it sees all of them
-inline void soften(Queries& s, int64_t r, int64_t seen, int64_t width, float scale) {
-    __m512 x[4];
+// Scores of one row for 64 keys, of which it sees the first `seen`, before they are softened. Its top moves only when a
+// score is more than kAbove over it, so that the largest of 64 scores need not be found for each row: weights up to
+// 2^kAbove do no harm. A score that is no number makes none of the row's total and mixed.
+inline void look(Queries& s, int64_t r, float* score, int64_t seen, int64_t width, float scale) {
+    __m512 x[4], limit = _mm512_set1_ps((s.top[r] + 128 * kAbove) / scale);
+    __mmask16 is_above = 0, is_none = 0;
 #pragma GCC unroll 4
     for (int c = 0; c < 4; c++) {
-        x[c] = _mm512_load_ps(s.score + r * kTile + 16 * c);
-        __mmask16 sees = kAll ? 0xFFFF : (1 << std::clamp<int64_t>(seen - 16 * c, 0, 16)) - 1;
-        if (!kAll) x[c] = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), sees, x[c]);
+        x[c] = _mm512_load_ps(score + 16 * c);
+        if (seen < kTile) {
+            __mmask16 sees = (1 << std::clamp<int64_t>(seen - 16 * c, 0, 16)) - 1;
+            x[c] = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), sees, x[c]);
+            _mm512_store_ps(score + 16 * c, x[c]);
+        }
+        is_above |= _mm512_cmp_ps_mask(x[c], limit, _CMP_NLE_UQ);
     }
-    float* total = s.total + 16 * r;
+    if (!is_above) return;
+    for (int c = 0; c < 4; c++) is_none |= _mm512_cmp_ps_mask(x[c], x[c], _CMP_UNORD_Q);
     __m512 high = _mm512_max_ps(_mm512_max_ps(x[0], x[1]), _mm512_max_ps(x[2], x[3]));
-    if (_mm512_cmp_ps_mask(high, _mm512_set1_ps((s.top[r] + kAbove) / scale), _CMP_GT_OQ)) {
-        float top = _mm512_reduce_max_ps(high) * scale;
-        __m512 shrink = _mm512_set1_ps(std::exp2(s.top[r] - top));
-        s.top[r] = top;
-        _mm512_store_ps(total, _mm512_mul_ps(_mm512_load_ps(total), shrink));
-        for (float* mixed = s.mixed + r * 128; mixed < s.mixed + r * 128 + width; mixed += 16)
-            _mm512_store_ps(mixed, _mm512_mul_ps(_mm512_load_ps(mixed), shrink));
-    }
-    __m512 top = _mm512_set1_ps(s.top[r]);
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; c++) x[c] = exp2(_mm512_fmsub_ps(x[c], _mm512_set1_ps(scale), top));
-    __m512 sum = _mm512_add_ps(_mm512_add_ps(x[0], x[1]), _mm512_add_ps(x[2], x[3]));
-    _mm512_store_ps(total, _mm512_add_ps(_mm512_load_ps(total), sum));
-    for (int c = 0; c < 4; c += 2)
-        _mm512_store_si512(s.weight + r * kTile + 16 * c, (__m512i)_mm512_cvtne2ps_pbh(x[c + 1], x[c]));
+    float top = is_none ? NAN : _mm512_reduce_max_ps(high) * scale;
+    __m512 shrink = _mm512_set1_ps(std::exp2((s.top[r] - top) / 128));
+    set_top(s, r, top);
+    float *total = s.total + 16 * r, *mixed = s.mixed + 128 * r;
+    _mm512_store_ps(total, _mm512_mul_ps(_mm512_load_ps(total), shrink));
+    for (int64_t h = 0; h < width; h += 16)
+        _mm512_store_ps(mixed + h, _mm512_mul_ps(_mm512_load_ps(mixed + h), shrink));
+}
+
+// The weights [32 i, 32 i + 32) of six rows from `first` on, and their part in the totals. What is far below the top, -inf
+// and NaN too, weighs nothing.
+inline void soften(Queries& s, int64_t first, int64_t i, const float* score, const Powers* powers) {
+    asm volatile("" : "+r"(powers));  // read anew, so that multiply() keeps its registers
+    int64_t r = first + i / 2;
+    __m512 scale = _mm512_set1_ps(powers->scale), shift = _mm512_set1_ps(s.shift[r]);
+    auto steps = [&](const float* x) { return _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_load_ps(x), scale, shift)); };
+    __m512i whole = _mm512_packus_epi32(steps(score + 32 * i), steps(score + 32 * i + 16));
+    auto half = [&](const uint16_t* of) {  // of the table, by six bits
+        return _mm512_permutex2var_epi16(_mm512_load_si512(of), whole, _mm512_load_si512(of + 32));
+    };
+    __mmask32 is_upper = _mm512_test_epi16_mask(whole, _mm512_set1_epi16(64));
+    __m512i part = _mm512_mask_mov_epi16(half(powers->fraction), is_upper, half(powers->fraction + 64));
+    __m512i weight = _mm512_ternarylogic_epi32(_mm512_set1_epi16(0x7F), part, whole, 0xCA);  // 7 bits of part, 9 of whole
+    _mm512_store_si512(s.weight + 32 * i, weight);
+    float* total = s.total + 16 * r;
+    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3F80);
+    _mm512_store_ps(total, _mm512_dpbf16_ps(_mm512_load_ps(total), (__m512bh)weight, ones));
 }
 
 }  // namespace
@@ -535,7 +572,7 @@ void attend_many(const bf16* q, const bf16* key, const bf16* value, bf16* out, i
                  bf16* scratch, int threads) {
     const int64_t groups = heads / kv_heads, tiles = (total + kTile - 1) / kTile, rows = count * groups,
                   tile_size = kTile * width;
-    const float scale = 1.44269504f / std::sqrt((float)width);  // 1.44: of powers of two
+    const Powers powers(width);
     bf16 *keys = scratch, *values = scratch + tiles * tile_size;
 #pragma omp parallel num_threads(threads)
     {
@@ -554,22 +591,36 @@ void attend_many(const bf16* q, const bf16* key, const bf16* value, bf16* out, i
                     int64_t at = std::min(first + r, rows - 1), token = at / groups;
                     std::copy_n(q + token * q_row + (n * groups + at % groups) * width, width, s->query + r * width);
                     s->last[r] = causal ? total - count + token : total - 1;
-                    s->top[r] = -INFINITY;
+                    set_top(*s, r, -INFINITY);
                 }
                 std::fill_n(s->mixed, kRows * 128, 0.0f);
                 std::fill_n(s->total, kRows * 16, 0.0f);
-                for (int64_t t = 0; t * kTile <= s->last[kRows - 1]; t++) {
-                    for (int64_t r = 0; r < kRows; r += kTogether) {
-                        multiply(s->query + r * width, width, keys + t * tile_size, kTile, width / 2,
-                                 s->score + r * kTile, kTile, false);
-                        for (int64_t i = r; i < r + kTogether; i++) {
-                            int64_t seen = s->last[i] + 1 - t * kTile;
-                            (seen >= kTile ? soften<true> : soften<false>)(*s, i, seen, width, scale);
-                        }
-                        for (int64_t h = 0; h < width; h += 64)
-                            multiply(s->weight + r * kTile, kTile, values + t * tile_size + 2 * h, width, kTile / 2,
-                                     s->mixed + r * 128 + h, 128, true);
+                // Six rows meet a tile at a time. While their values are mixed, the next six's scores are there already, and
+                // while these were made the weights were.
+                const int64_t sixes = kRows / kTogether, steps = (s->last[kRows - 1] / kTile + 1) * sixes;
+                auto nothing = [](int64_t) {};
+                auto make_scores = [&](int64_t step, auto aside) {
+                    const bf16* tile = keys + step / sixes * tile_size;
+                    multiply(s->query + step % sixes * kTogether * width, width, tile, kTile, width / 2,
+                             s->score[step % 2], kTile, false, aside);
+                };
+                make_scores(0, nothing);
+                for (int64_t step = 0; step < steps; step++) {
+                    const int64_t t = step / sixes, r = step % sixes * kTogether;
+                    float* score = s->score[step % 2];
+                    for (int64_t i = 0; i < kTogether; i++)
+                        look(*s, r + i, score + i * kTile, s->last[r + i] + 1 - t * kTile, width, powers.scale);
+                    auto weigh = [&](int64_t i) {
+                        if (i < 2 * kTogether) soften(*s, r, i, score, &powers);
+                    };
+                    if (step + 1 < steps) {
+                        make_scores(step + 1, weigh);
+                    } else {
+                        for (int64_t i = 0; i < 2 * kTogether; i++) weigh(i);
                     }
+                    for (int64_t h = 0; h < width; h += 64)
+                        multiply(s->weight, kTile, values + t * tile_size + 2 * h, width, kTile / 2,
+                                 s->mixed + r * 128 + h, 128, true, nothing);
                 }
                 for (int64_t r = 0; r < std::min<int64_t>(kRows, rows - first); r++) {
                     bf16* to = out + ((first + r) / groups * heads + n * groups + (first + r) % groups) * width;

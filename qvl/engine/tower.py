@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qvl.engine.kernels import attend_many, call, library
+from qvl.engine.prepare import pack_late, packed
 from qvl.model.attention import Packed
 from qvl.model.layers import Linear, RoundedWeight, RunBlock
 from qvl.model.qwen3vl import Qwen3VL
@@ -49,7 +50,7 @@ def vision_block(model: Qwen3VL) -> RunBlock | None:
 
 class _Product:
     """x weight^T + bias, then GELU (tanh) or the sum with `plus`, rounded once. The weight is brought into oneDNN's order beforehand, which
-    its many rows repay."""
+    its many rows repay, and stays there where nobody else wants it (engine.prepare with `free`)."""
 
     def __init__(self, linear: nn.Module) -> None:
         self.linear, self.weight = linear, _ordered(linear)
@@ -69,7 +70,9 @@ def _ordered(linear: nn.Module) -> Tensor | None:
     """None for a linear of another kind: an adapter's, or one whose weight is rounded."""
     if type(linear) is not Linear or isinstance(linear.packed, RoundedWeight):
         return None
+    if linear.packed is None and linear.pack_late:
+        pack_late(linear)
     if linear.packed is None:
-        return torch.ops.mkldnn._reorder_linear_weight(linear.weight, None)
+        return packed(linear.weight).value
     linear.packed.check(linear.weight)
     return linear.packed.value

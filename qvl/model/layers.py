@@ -23,6 +23,8 @@ class Linear(nn.Linear):
     """
 
     packed: "PackedWeight | None" = None
+    pack_late: bool = False
+    """Its first use may pack it and let the plain weight go (engine.tower does)."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Any axes in front; the last is the width."""
