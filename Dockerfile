@@ -6,6 +6,8 @@
 #
 # A container's loopback is its own, so the server inside listens at 0.0.0.0 and for that wants keys, one a line (openssl rand -hex 32 > keys).
 # -p 127.0.0.1:8000:8000 keeps the port to this machine; without the address Docker opens it to the whole network, past most firewalls.
+# The model is called "model" (add --name to the end of the line for another), and clients send a key as "Authorization: Bearer KEY". There is
+# no compiler in the image, so torch's kernels answer, slower than README's figures; the engine's own want g++ in it and --tmpfs /tmp:exec.
 # For more than this machine put a proxy with TLS in front. The memory limit is what --memory takes its share of.
 FROM python:3.11-slim-bookworm
 

@@ -483,6 +483,14 @@ def test_a_grammar_starts_after_the_thought() -> None:
     assert even.asked == [tokens[6:end] for end in range(6, 12)]
 
 
+def test_an_answer_whose_grammar_is_still_to_come_does_not_end_in_its_thought() -> None:
+    first = thinking([1, OPEN], 3)[0]
+    end = frozenset({first, 10_000})  # one that the vocabulary does not have
+    assert thinking([1, OPEN], 3, end_tokens=end) == (first,)
+    tokens = thinking([1, OPEN], 3, grammar=Even(), end_tokens=end)
+    assert first not in tokens[:3] and tokens[3] == CLOSE and len(tokens) > 4
+
+
 def test_a_grammar_that_allows_nothing_ends_the_request_with_a_sentence() -> None:
     class Nothing(Grammar):
         def allowed(self, tokens: Sequence[int]) -> Tensor:

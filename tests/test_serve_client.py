@@ -7,9 +7,10 @@ from typing import Any
 
 import openai
 import pytest
-from openai import OpenAI
+from openai import APIError, OpenAI
 
 from media_files import numbered_frame, pdf, write_video
+from qvl.engine.answer import Answer
 from qvl.serve.run import Server
 from serve_doubles import address, data_uri, picture, running, user
 from tiny_checkpoint import tiny_checkpoint
@@ -223,6 +224,37 @@ def test_a_call_that_cannot_be_read_stays_words_and_says_so(client: OpenAI, says
     assert message.model_extra is not None and len(message.model_extra["problems"]) == 1
     found = joined(client.chat.completions.create(**asked, stream=True))
     assert (found["content"], found["extra"]["problems"]) == (message.content, message.model_extra["problems"])
+
+
+def test_a_call_that_breaks_off_is_no_call_to_make(client: OpenAI, says: Says) -> None:
+    says(call_of("look", ARGUMENTS[0]))
+    asked: dict[str, Any] = {**ASKED, "messages": user("Where?"), "tools": TOOLS, "max_tokens": 300}
+    assert client.chat.completions.create(**asked).choices[0].finish_reason == "tool_calls"
+    choice = client.chat.completions.create(**asked, stop="more").choices[0]
+    assert choice.finish_reason == "stop" and choice.message.tool_calls
+    assert choice.message.model_extra is not None and choice.message.model_extra["problems"]
+
+
+def test_one_answer_that_fails_in_a_stream_does_not_cost_the_others(
+    client: OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = Answer.take
+
+    def fails(answer: Answer, *given: Any, **more: Any) -> Any:
+        if answer.sequence.index == 1:
+            raise ValueError("no token can be drawn.")
+        return take(answer, *given, **more)
+
+    monkeypatch.setattr(Answer, "take", fails)
+    ends: dict[int, str] = {}
+    usage = None
+    asked: dict[str, Any] = {**ASKED, "messages": user("Hi"), "n": 3, "stream_options": {"include_usage": True}}
+    with pytest.raises(APIError, match="no token can be drawn"):
+        for chunk in client.chat.completions.create(**asked, stream=True):
+            usage = chunk.usage or usage
+            ends |= {choice.index: choice.finish_reason for choice in chunk.choices if choice.finish_reason}
+    assert sorted(ends) == [0, 1, 2] and ends[1] == "error" and "error" not in (ends[0], ends[2])
+    assert usage is not None
 
 
 # ---- JSON, thoughts, places

@@ -540,6 +540,22 @@ def test_a_fault_in_one_request_fails_it_alone(server: Server, monkeypatch: pyte
     assert eventually(lambda: holds_nothing(server))
 
 
+def test_what_was_let_in_is_answered_though_the_server_drains(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    thread, cook = service(server).thread, service(server).cook
+    ready = cook.prepare
+
+    def drains_meanwhile(*given: Any, **more: Any) -> Any:
+        thread.is_draining = True
+        return ready(*given, **more)
+
+    monkeypatch.setattr(cook, "prepare", drains_meanwhile)
+    try:
+        assert post(server, body("Hi", max_tokens=2)).status_code == 200
+        refused(post(server, body("Hi", max_tokens=2)), 503)
+    finally:
+        thread.is_draining = False
+
+
 def test_readiness_ends_when_the_server_drains(tiny_folder: Path) -> None:
     with running(tiny_folder) as server:
         assert httpx.get(address(server) + "/readyz").text == "ready"

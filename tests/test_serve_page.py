@@ -253,10 +253,16 @@ def test_a_talk_can_be_copied_as_python_and_as_curl(page: Any, files: Path, tmp_
     page.locator(".deeds button", has_text="Python").click()
     code = page.locator("body").evaluate("() => navigator.clipboard.readText()")
     compile(code, "copied", "exec")
-    assert 'data_uri("wide.png")' in code and "It's what?" in code and "from openai import OpenAI" in code
+    assert 'data_uri("wide.png", "image/png")' in code and "It's what?" in code and "from openai import OpenAI" in code
+    assert '"grounding": {"format": "pixels"}' in code and 'os.environ.get("QVL_API_KEY", "none")' in code
     page.locator(".deeds button", has_text="cURL").click()
     line = page.locator("body").evaluate("() => navigator.clipboard.readText()")
-    assert "base64 < 'wide.png'" in line and "It'\\''s what?" in line and "/v1/chat/completions" in line
+    assert (
+        '"Authorization: Bearer ${QVL_API_KEY:-none}"' in line
+        and "base64 < 'wide.png'" in line
+        and "It'\\''s what?" in line
+        and "/v1/chat/completions" in line
+    )
 
 
 def test_on_a_phone_in_the_dark_nothing_sticks_out(browser: Any, server: Server, files: Path) -> None:

@@ -13,7 +13,18 @@ import httpx
 import pytest
 
 from qvl.commands import cli
-from qvl.commands.serve import Serve, build, check_address, name_of, read_adapters, read_keys
+from qvl.commands.serve import (
+    Serve,
+    base_sampling,
+    build,
+    check_adapters,
+    check_address,
+    name_of,
+    read_adapters,
+    read_keys,
+)
+from qvl.model.weights import load
+from qvl.prompt.processor import Processor
 from serve_doubles import KEY
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -156,3 +167,13 @@ def test_an_adapter_does_not_take_the_models_name(tiny_folder: Path, tmp_path: P
         ValueError, match="the model and an adapter are both called 'tuned'; name one of them otherwise"
     ):
         build(Serve(model=str(tiny_folder), name="tuned", device="cpu"), tiny_folder, {"tuned": tmp_path}, ())
+    with pytest.raises(ValueError, match=r"the adapter 'mine' should lie in .*, and .*adapter_config\.json is missing"):
+        check_adapters("tuned", {"mine": tmp_path})
+
+
+def test_an_answer_may_fill_the_context_and_draws_anew_each_time(tiny_folder: Path) -> None:
+    model, processor = load(tiny_folder), Processor.from_folder(tiny_folder)
+    for kind in ("model", "official"):
+        sampling = base_sampling(Serve(sampling=kind), tiny_folder, model, processor)
+        assert (sampling.max_tokens, sampling.seed) == (32768, None)
+    assert base_sampling(Serve(max_tokens=7), tiny_folder, model, processor).max_tokens == 7

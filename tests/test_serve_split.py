@@ -73,7 +73,8 @@ def test_a_call_that_breaks_off_stays_a_call_and_says_so() -> None:
     tokens = [IDS["<tool_call>"], *TOKENIZER.encode_text('\n{"name": "f", "arguments": {"a": 1')]
     (thought, words, calls), splitter = split(tokens, in_thought=False, cuts=[0])
     assert (thought, words, calls) == ("", "", [("f", '{"a": 1')])
-    assert splitter.problems == ["The answer ends inside a tool call."]
+    assert splitter.problems == ["The answer ends inside a tool call."] and splitter.is_cut
+    assert not split([*tokens, IDS["</tool_call>"]], in_thought=False, cuts=[0])[1].is_cut
 
 
 def test_marks_spelled_in_letters_are_words() -> None:

@@ -1,7 +1,9 @@
 """Checkpoints in and out: what loads, how much memory it takes, what transformers reads back, and what is refused."""
 
 import json
+import os
 import shutil
+import stat
 import struct
 import subprocess
 import sys
@@ -92,6 +94,16 @@ def test_saving_over_a_folder_leaves_no_shard_of_the_old_one(tmp_path: Path) -> 
     save(model, tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
     assert same_weights(model, load(tmp_path / "out"))
+
+
+def test_who_may_read_the_config_may_read_the_weights(tmp_path: Path) -> None:
+    mask = os.umask(0o027)
+    try:
+        save(new_model(preset("nano")), tmp_path)
+    finally:
+        os.umask(mask)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"] == 0o640
 
 
 def test_tokenizer_files_travel_with_a_conversion(tmp_path: Path) -> None:

@@ -210,6 +210,30 @@ def test_threads_share_a_pool() -> None:
     assert results == [True] * 8
 
 
+def test_a_pool_that_is_stopped_waits_for_nobody() -> None:
+    workers = pool(max_seconds=60, size=1)
+    said: list[str] = []
+
+    def decode() -> None:
+        with pytest.raises(MediaError) as error:
+            list(workers.run("hang", io.BytesIO(NOTHING)))
+        said.append(str(error.value))
+
+    process = pid(workers)
+    threads = [threading.Thread(target=decode) for _ in range(2)]  # one decodes, one waits for its turn
+    for thread in threads:
+        thread.start()
+    time.sleep(0.3)
+    workers.stop()
+    for thread in threads:
+        thread.join(timeout=20)
+    assert not any(thread.is_alive() for thread in threads) and not alive(process)
+    assert sorted(text.split(";")[0] for text in said) == [
+        "decoding has been stopped",
+        "decoding the file crashed its process or ran out of memory",
+    ]
+
+
 def test_pictures_decode_alike_inside_and_outside() -> None:
     with WorkerPool() as workers:
         for format in ("PNG", "JPEG", "WEBP", "GIF", "BMP"):

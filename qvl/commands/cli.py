@@ -49,7 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader went away: qvl ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
+        # By its name, because this module does without torch.
+        if isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError":
+            raise
         if traceback:
             raise
         print(f"qvl: {_sentence(error)}", file=sys.stderr)
@@ -136,6 +139,10 @@ def _read(name: str, about: str, cls: type[C], argv: list[str], parse: Callable[
     default = load_yaml(cls, Path(files[0][1]), missing=tyro.MISSING_NONPROP) if files else tyro.MISSING_NONPROP
 
     def read(rest: Sequence[str]) -> C:
+        # Of a flag that comes twice the first value would be lost without a word.
+        flags = [word.partition("=")[0] for word in rest if word.startswith("--")]
+        if twice := next((flag for flag in flags if flags.count(flag) > 1), None):
+            raise ValueError(f"{twice} is given twice; give it once, with all its values behind it")
         return tyro.cli(cls, prog=f"qvl {name}", description=about, args=list(rest), default=default)
 
     return (parse(argv, read) if parse else read(argv)), only_print

@@ -6,9 +6,10 @@ from typing import Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from qvl.core.device import pick_device, pick_dtype
+from qvl.core.tensors import save_tensors
 from qvl.model.padded import batch_from_padded, to_padded
 from qvl.model.weights import load
 from qvl.outside.hub import resolve
@@ -44,5 +45,5 @@ def run(args: Logits) -> None:
     mask = tensors.get("attention_mask", torch.ones_like(tensors["input_ids"]))
     position_ids = to_padded(batch.position_3T.T, mask).permute(2, 0, 1).contiguous()
     aside = args.out.with_name(args.out.name + ".partial")
-    save_file({"logits": to_padded(logits_TV, mask), "position_ids": position_ids}, aside)
+    save_tensors({"logits": to_padded(logits_TV, mask), "position_ids": position_ids}, aside)
     aside.replace(args.out)

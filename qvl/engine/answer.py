@@ -3,6 +3,7 @@
 from collections.abc import Sequence as Many
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from qvl.engine.request import Event, Finish, Request, ThinkingBudget
@@ -26,12 +27,19 @@ class Answer:
         self.thought = Thought(request.thinking, sequence.tokens[: sequence.num_prompt])
         self.said: list[int] = []
         """The answer without its thought: what a grammar is asked about."""
+        self._goes_on_V: Tensor | None = None
+        if request.grammar is not None:
+            self._goes_on_V = ~torch.isin(
+                torch.arange(vocab_size), torch.tensor(sorted(self.end_tokens), dtype=torch.int64)
+            )
 
     def take(self, logits_V: Tensor, best: Best | None = None) -> Event:
         """Draw the next token and say what came of it. Raises ValueError when it cannot be drawn."""
         forced = self.thought.forced()
-        grammar = None if self.thought.is_open else self.request.grammar
-        allowed = grammar.allowed(self.said) if grammar is not None and forced is None else None
+        allowed = None
+        if self.request.grammar is not None and forced is None:
+            # A thought is free, but what the grammar asks for is still to come: the answer may not end there.
+            allowed = self._goes_on_V if self.thought.is_open else self.request.grammar.allowed(self.said)
         draw = self.sampler(logits_V, allowed=allowed, forced=forced, best=best)
         if self.thought.note(draw.token):
             self.said.append(draw.token)

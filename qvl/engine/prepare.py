@@ -30,7 +30,8 @@ def prepare(model: Qwen3VL, *, free: bool = False, weights: Weights = "plain", p
     if model.device.type != "cpu" or model.dtype != torch.bfloat16:
         if weights == "int8":
             raise ValueError(
-                f"int8 weights are for bfloat16 on a CPU; the model is {model.dtype} on {model.device.type}."
+                f"int8 weights are for bfloat16 on a CPU; the model is {model.dtype} on {model.device.type}. "
+                "Give --dtype bfloat16 --device cpu."
             )
         return False
     if weights == "int8":

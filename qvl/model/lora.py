@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qvl.core.log import log
+from qvl.core.tensors import save_tensors
 from qvl.model.layers import Linear
 from qvl.model.qwen3vl import Qwen3VL
 from qvl.model.weights import to_checkpoint_name
@@ -225,7 +226,7 @@ def save_adapter(model: Qwen3VL, folder: Path | str, *, base: str | None = None)
         tensors |= {_key(path, "lora_A"): down.contiguous(), _key(path, "lora_B"): up.contiguous()}
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as aside_name:
         aside = Path(aside_name)
-        save_file(tensors, aside / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_tensors(tensors, aside / WEIGHTS_FILE, {"format": "pt"})
         text = json.dumps(_config_of(model, layers, base), indent=2)
         (aside / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
         for name in (WEIGHTS_FILE, CONFIG_FILE):

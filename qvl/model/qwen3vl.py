@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from qvl.core.batch import Batch
+from qvl.core.device import ask_for_large_pages
 from qvl.model.attention import Layout, Packed
 from qvl.model.config import ModelConfig
 from qvl.model.decoder import Decoder, DeepStack, embed
@@ -104,7 +105,11 @@ def empty_model(config: ModelConfig, *, dtype: torch.dtype, device: torch.device
     """Allocated but not drawn; on the "meta" device not even allocated."""
     with torch.device("meta"):
         model = Qwen3VL(config).to(dtype)
-    return model if str(device) == "meta" else model.to_empty(device=device)
+    if str(device) == "meta":
+        return model
+    model.to_empty(device=device)
+    ask_for_large_pages(model.parameters())
+    return model
 
 
 @torch.no_grad()

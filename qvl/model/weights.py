@@ -12,9 +12,9 @@ from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from qvl.core.tensors import save_tensors
 from qvl.model.config import ModelConfig, config_to_hf, read_config
 from qvl.model.qwen3vl import Qwen3VL, empty_model
 
@@ -123,6 +123,8 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _open(path: Path) -> "safe_open":
+    if path.exists() and not os.access(path, os.R_OK):
+        raise ValueError(f"{path} may not be read by this user; change its permissions (chmod a+r).")
     try:
         return safe_open(str(path), framework="pt")
     except (SafetensorError, RuntimeError, OSError) as error:
@@ -315,7 +317,7 @@ def _write_shards(model: Qwen3VL, folder: Path, layout: Layout, max_shard_bytes:
         for name in shard.names:
             for stored, tensor in _as_stored(name, parameters[name].detach(), model.config, layout):
                 tensors[stored] = tensor.contiguous().cpu()
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        save_tensors(tensors, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(s.num_bytes for s in shards)}, "weight_map": weight_map}

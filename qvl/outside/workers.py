@@ -61,34 +61,50 @@ class WorkerPool:
         for _ in range(size):
             self._free.put(None)
         self._size = size
+        self._live: set[_Worker] = set()
+        self._is_stopped = False
 
     def run(self, job: str, stream: BinaryIO, **options: Any) -> Generator[Message]:
         worker = self._free.get()
         healthy = False
         try:
             if worker is not None and not worker.usable():
-                worker.kill()
+                self._end(worker)
                 worker = None
             if worker is None:
                 worker = _Worker(self.limits, self._jobs)
+                self._live.add(worker)
+            if self._is_stopped:
+                raise MediaError("decoding has been stopped; send the file again later.")
             with _descriptor(stream) as file:
                 yield from worker.run(job, file.fileno(), options)
             healthy = True
         except MediaError:
-            healthy = worker is not None and worker.usable()
+            healthy = worker is not None and worker.usable() and not self._is_stopped
             raise
         finally:
             if not healthy and worker is not None:
-                worker.kill()
+                self._end(worker)
             self._free.put(worker if healthy else None)
 
     def close(self) -> None:
         """Ends the processes; waits for running jobs to finish first."""
         for _ in range(self._size):
             if worker := self._free.get():
-                worker.kill()
+                self._end(worker)
         for _ in range(self._size):
             self._free.put(None)
+
+    def stop(self) -> None:
+        """Ends the processes now and for good: running jobs are MediaErrors, and so are later ones."""
+        self._is_stopped = True
+        for worker in tuple(self._live):
+            worker.process.kill()
+            worker.process.wait()
+
+    def _end(self, worker: "_Worker") -> None:
+        worker.kill()
+        self._live.discard(worker)
 
     def __enter__(self) -> Self:
         return self

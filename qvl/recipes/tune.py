@@ -71,8 +71,8 @@ class Tune:
     rates: Rates = field(default_factory=Rates)
     """Factors on lr for vision, mergers and language; 0 freezes."""
     lora_rank: int = 0
-    """0 trains the weights themselves; above 0, LoRA factors of this rank on the decoder's linear layers (alpha is twice the rank). The
-    adapter is then written to out/adapter, and merged into out/export."""
+    """0 trains the weights themselves; above 0, LoRA factors of this rank on the decoder's linear layers, of a MoE its attention alone
+    (alpha is twice the rank). The adapter is then written to out/adapter, and merged into out/export."""
     power: float = 0.5
     """Loss weight n^-power of each of a sample's n targets: 0.5 is the report's square root, 0 counts tokens, 1 counts samples."""
     denominator: Denominator = "weights"
@@ -143,13 +143,13 @@ def tune(
     device = pick_device(run.device)
     world = join_world(device)
     folder = resolve(run.model)
-    model = load(folder, dtype=pick_dtype(world.device, run.dtype), device=world.device)
     processor = Processor.from_folder(folder)
     text = held_out_text(run.held_out_text)
     own = read_mixture(run.data)
     mark, store = fingerprint(processor), Store()
-    for source in replace(own, replay=()).resolved():  # before minutes of rehearsal are spent
+    for source in replace(own, replay=()).resolved():  # before minutes of loading and rehearsal are spent
         open_source(source, mark, store)
+    model = load(folder, dtype=pick_dtype(world.device, run.dtype), device=world.device)
     # Before the adapter: what is rehearsed is the model as it came.
     mixture = with_replay(own, replay_choice(run, folder), model, processor, world)
     lora = LoraConfig(r=run.lora_rank, alpha=2.0 * run.lora_rank, seed=run.seed) if run.lora_rank else None

@@ -52,6 +52,7 @@ class EngineThread:
         self._is_stopping = self._is_over = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.is_draining = False
+        """New requests are turned away at the gate; what it let in may still be submitted."""
         self.failure: str | None = None
         """Why the engine can no longer be used; None while it can."""
 
@@ -67,8 +68,6 @@ class EngineThread:
     async def submit(self, model: str, request: Request) -> Ticket:
         """The request is queued once this returns; Refusal where the engine does not take it. Whoever holds the ticket either reads its
         `events` to the end or calls `cancel`."""
-        if self.is_draining:
-            raise draining()
         if not self.is_alive:
             raise Refusal(503, STOPPED, code="engine")
         loop = asyncio.get_running_loop()

@@ -91,7 +91,8 @@ class Kitchen:
         )
 
     def close(self) -> None:
-        self.pool.close()
+        """Does not wait for what is being decoded."""
+        self.pool.stop()
 
     def check(self, messages: Sequence[Message]) -> None:
         """Counts and ceilings, before anything is opened (CVE-2026-100650: items fetched, then counted)."""

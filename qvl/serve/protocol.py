@@ -50,7 +50,7 @@ class Tool(Strict):
     function: Function
 
     def as_given(self) -> dict[str, Any]:
-        """As the client wrote it: the template shows the model the fields that were given, in their order."""
+        """The fields that were given, in this class's order, for the template to show."""
         return self.model_dump(exclude_unset=True)
 
 

@@ -96,7 +96,8 @@ class Reply:
             answer.error = event.error
         given = answer.take(deltas)
         if event.finish is not None:
-            answer.finish = "tool_calls" if event.finish == "stop" and answer.calls else event.finish
+            is_called = event.finish == "stop" and answer.calls and not answer.splitter.is_cut
+            answer.finish = "tool_calls" if is_called else event.finish
         return answer, given, logprobs
 
     async def whole(self, events: AsyncIterator[Event]) -> dict[str, Any]:
@@ -120,7 +121,8 @@ class Reply:
         return {**self._head("chat.completion"), "choices": choices, "usage": self.usage(), **self._applied()}
 
     async def chunks(self, events: AsyncIterator[Event]) -> AsyncIterator[dict[str, Any]]:
-        """The reply as it grows; an error that comes late is a chunk of its own."""
+        """The reply as it grows. Errors of single answers come last: a client gives up at the first, and the others are not to be lost."""
+        errors: list[dict[str, Any]] = []
         with_usage = bool(self.prepared.asked.stream_options and self.prepared.asked.stream_options.include_usage)
         for answer in self.answers:
             first = self._chunk(answer, {"role": "assistant", "content": ""}, None, with_usage)
@@ -141,9 +143,11 @@ class Reply:
                     chunk["choices"][0]["logprobs"] = {"content": waiting[answer.index], "refusal": None}
                 yield chunk
                 if answer.error:
-                    yield failed(answer.error).body
+                    errors.append(failed(answer.error).body)
         if with_usage:
             yield {**self._head("chat.completion.chunk"), "choices": [], "usage": self.usage()}
+        for error in errors:
+            yield error
 
     def usage(self) -> dict[str, Any]:
         prompt, answer = self.prepared.request.sample.num_tokens, sum(a.num_tokens for a in self.answers)

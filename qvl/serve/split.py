@@ -54,6 +54,8 @@ class Splitter:
     """What comes beyond is left out (parallel_tool_calls false)."""
     problems: list[str] = field(default_factory=list)
     num_calls: int = 0
+    is_cut: bool = False
+    """The answer ended inside a call that is out already, whose arguments are no JSON therefore."""
     _awaited: list[str] = field(default_factory=list)
     _text: str = ""
     """Came, and not yet known to be all before the awaited mark."""
@@ -78,6 +80,7 @@ class Splitter:
         if self._call is not None:
             call, self._call = self._call, None
             self.problems.append("The answer ends inside a tool call.")
+            self.is_cut = call.is_out
             if not call.is_out:
                 deltas += self._words("<tool_call>" + call.body)
         if self.in_thought:

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from qvl.core.log import say_once
+from qvl.core.tensors import save_tensors
 from qvl.parallel.data_parallel import World, whole
 from qvl.train.optimizer import Optimizer
 
@@ -46,8 +47,8 @@ def save_run(
         for left in folder.glob(f".{PREFIX}*.partial"):  # of killed saves
             shutil.rmtree(left, ignore_errors=True)
         aside.mkdir()
-        save_file(weights, aside / "weights.safetensors")
-        save_file(moments, aside / "optimizer.safetensors")
+        save_tensors(weights, aside / "weights.safetensors")
+        save_tensors(moments, aside / "optimizer.safetensors")
         (aside / "state.json").write_text(json.dumps(state), encoding="utf-8")
         digests = {path.name: _digest(path) for path in sorted(aside.iterdir())}
         (aside / "manifest.json").write_text(json.dumps({"step": step, "sha256": digests}), encoding="utf-8")
