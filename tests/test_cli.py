@@ -155,7 +155,10 @@ def test_order_is_kept_across_different_flags(qvl_says: Says, folder: Path) -> N
     [
         (["sayit"], "there is no command 'sayit'; did you mean 'say-it'?; qvl --help lists them"),
         (["say-it", "--word", "file"], "absent.txt: no such file or directory"),
-        (["say-it", "--word", "a", "--word=b"], "--word is given twice; give it once, with all its values behind it"),
+        (
+            ["say-it", "--files", "a", "--files=b"],
+            "--files is given twice; give it once, with all its values behind it",
+        ),
         (["say-it", "--config", "absent.yaml"], "absent.yaml: no such file or directory"),
         (["say-it", "--config", "a", "--config", "b"], "--config is given 2 times; give one file"),
         (["say-it", "--config", "bad.yaml"], "unknown key 'wrod' in bad.yaml; did you mean 'word'?"),

@@ -139,9 +139,10 @@ def _read(name: str, about: str, cls: type[C], argv: list[str], parse: Callable[
     default = load_yaml(cls, Path(files[0][1]), missing=tyro.MISSING_NONPROP) if files else tyro.MISSING_NONPROP
 
     def read(rest: Sequence[str]) -> C:
-        # Of a flag that comes twice the first value would be lost without a word.
-        flags = [word.partition("=")[0] for word in rest if word.startswith("--")]
-        if twice := next((flag for flag in flags if flags.count(flag) > 1), None):
+        # Of a flag of one value the last one counts, as everywhere; of a flag of several the first ones would be lost without a word.
+        flags = [word.partition("=")[0].replace("_", "-") for word in rest]
+        several = ["--" + f.name.replace("_", "-") for f in dataclasses.fields(cls) if "tuple[" in str(f.type)]  # type: ignore[arg-type]
+        if twice := next((flag for flag in several if flags.count(flag) > 1), None):
             raise ValueError(f"{twice} is given twice; give it once, with all its values behind it")
         return tyro.cli(cls, prog=f"qvl {name}", description=about, args=list(rest), default=default)
 

@@ -9,9 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from qvl.core.device import pick_device, pick_dtype
-from qvl.core.tensors import save_tensors
 from qvl.model.padded import batch_from_padded, to_padded
-from qvl.model.weights import load
+from qvl.model.weights import load, save_tensors
 from qvl.outside.hub import resolve
 
 

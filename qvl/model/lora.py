@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qvl.core.log import log
-from qvl.core.tensors import save_tensors
 from qvl.model.layers import Linear
 from qvl.model.qwen3vl import Qwen3VL
-from qvl.model.weights import to_checkpoint_name
+from qvl.model.weights import save_tensors, to_checkpoint_name
 
 DECODER = r".*\blayers\.\d+\..*_proj"
 """Every Linear of the decoder's layers (attention alone where the MLP is fused experts), nothing of the vision tower."""

@@ -12,9 +12,9 @@ from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from qvl.core.tensors import save_tensors
 from qvl.model.config import ModelConfig, config_to_hf, read_config
 from qvl.model.qwen3vl import Qwen3VL, empty_model
 
@@ -298,6 +298,14 @@ def save(
 class _Shard:
     names: list[str]
     num_bytes: int
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """safetensors gives a new file to its owner alone whatever the umask says; a server under another account could not read it."""
+    save_file(tensors, path, metadata=metadata)
+    mask = os.umask(0o077)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def _write_shards(model: Qwen3VL, folder: Path, layout: Layout, max_shard_bytes: int) -> None:

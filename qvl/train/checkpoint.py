@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from qvl.core.log import say_once
-from qvl.core.tensors import save_tensors
+from qvl.model.weights import save_tensors
 from qvl.parallel.data_parallel import World, whole
 from qvl.train.optimizer import Optimizer
 
