@@ -18,7 +18,7 @@ help:  ## this list
 setup: $(STAMP)  ## make .venv with the versions of constraints.txt
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "qvl needs Python 3.11 or newer; none of python3.11, python3.12, python3 is. Install one or run: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { rm -rf .venv; $(PYTHON) -m venv .venv; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
 # torch first and by its exact version, so that nothing else chooses one. Which build comes (CPU, CUDA) is up to the index that pip asks.
 	$(BIN)/python -m pip install -q "$$(grep '^torch==' constraints.txt)" -c constraints.txt
 	$(BIN)/python -m pip install -q -e '.[test]' -c constraints.txt

@@ -77,6 +77,17 @@ def test_a_call_that_breaks_off_stays_a_call_and_says_so() -> None:
     assert not split([*tokens, IDS["</tool_call>"]], in_thought=False, cuts=[0])[1].is_cut
 
 
+def test_a_call_that_is_left_out_cuts_nothing() -> None:
+    whole = [IDS["<tool_call>"], *TOKENIZER.encode_text('{"name": "f", "arguments": {}}'), IDS["</tool_call>"]]
+    broken = [IDS["<tool_call>"], *TOKENIZER.encode_text('{"name": "g", "arguments": {"a": 1')]
+    for most, is_cut in ((1, False), (2, True), (None, True)):
+        splitter = Splitter(MARKS, most_calls=most)
+        for token in whole + broken:
+            splitter.push(token, TOKENIZER.decode([token]))
+        splitter.end()
+        assert splitter.is_cut is is_cut
+
+
 def test_marks_spelled_in_letters_are_words() -> None:
     text = '<tool_call>{"name": "f", "arguments": {}}</tool_call></think>'
     (thought, words, calls), _ = split(TOKENIZER.encode_text(text), in_thought=False, cuts=[0])

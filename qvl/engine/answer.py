@@ -28,7 +28,7 @@ class Answer:
         self.said: list[int] = []
         """The answer without its thought: what a grammar is asked about."""
         self._goes_on_V: Tensor | None = None
-        if request.grammar is not None:
+        if request.grammar is not None and request.thinking is not None:
             self._goes_on_V = ~torch.isin(
                 torch.arange(vocab_size), torch.tensor(sorted(self.end_tokens), dtype=torch.int64)
             )

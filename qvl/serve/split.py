@@ -55,7 +55,7 @@ class Splitter:
     problems: list[str] = field(default_factory=list)
     num_calls: int = 0
     is_cut: bool = False
-    """The answer ended inside a call that is out already, whose arguments are no JSON therefore."""
+    """The answer ended inside a call that is out already and not left out, whose arguments are no JSON therefore."""
     _awaited: list[str] = field(default_factory=list)
     _text: str = ""
     """Came, and not yet known to be all before the awaited mark."""
@@ -80,7 +80,7 @@ class Splitter:
         if self._call is not None:
             call, self._call = self._call, None
             self.problems.append("The answer ends inside a tool call.")
-            self.is_cut = call.is_out
+            self.is_cut = call.is_out and self._keeps(call.index)
             if not call.is_out:
                 deltas += self._words("<tool_call>" + call.body)
         if self.in_thought:
@@ -91,8 +91,10 @@ class Splitter:
         return self._wanted(delta for delta in deltas if isinstance(delta, CallStart) or delta.text)
 
     def _wanted(self, deltas: Iterable[Delta]) -> list[Delta]:
-        most = self.most_calls
-        return [d for d in deltas if most is None or not isinstance(d, CallStart | CallArguments) or d.index < most]
+        return [d for d in deltas if not isinstance(d, CallStart | CallArguments) or self._keeps(d.index)]
+
+    def _keeps(self, call: int) -> bool:
+        return self.most_calls is None or call < self.most_calls
 
     def _pieces(self) -> Iterator[Delta]:
         while self._awaited:
