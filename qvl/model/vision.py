@@ -64,7 +64,7 @@ def normalise(patch_PX: Tensor) -> Tensor:
     if patch_PX.device.type != "cpu":
         return patch_PX.to(torch.float32).sub_(127.5).div_(127.5)
     # An image of 1920 x 1080 is 50 MB of floats, whose 12,241 page faults of small pages cost more than the arithmetic.
-    value_PX = torch.empty(patch_PX.shape)
+    value_PX = torch.empty(patch_PX.shape, dtype=torch.float32)
     ask_for_large_pages([value_PX])
     # In parts that stay in cache, so that each float goes to memory once.
     for raw, value in zip(patch_PX.split(256), value_PX.split(256), strict=True):
