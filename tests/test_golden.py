@@ -34,7 +34,6 @@ ASKED: dict[str, list[str]] = {
 }
 RUNS: dict[str, list[str]] = {
     "full": [],
-    "muon": ["--optimizer", "muon", "--denominator", "samples"],
     "lora": ["--lora-rank", "4", "--lr", "1e-3"],
 }
 
@@ -90,7 +89,7 @@ def losses(folder: Path, models: dict[str, str]) -> dict[str, list[float]]:
         assert cli.main(["data", "import", str(folder / "rows.jsonl"), "--out", str(shards)]) == 0
         assert cli.main(["data", "index", str(shards), "--model", model]) == 0
     mixture.write_text(f"sources:\n  - {{path: {shards}, weight: 1.0}}\n")
-    common = "--steps 20 --pack-tokens 512 --pack-patches 1024 --packs-per-step 2 --replay none --held-out 0 --max-text-loss 0 --lr 3e-3 "
+    common = "--steps 20 --pack-tokens 320 --pack-patches 512 --packs-per-step 2 --replay none --held-out 0 --max-text-loss 0 --lr 3e-3 "
     common += f"--checkpoint-every 20 --held-out-text {folder / 'held.txt'}"
     found: dict[str, list[float]] = {}
     for name, flags in RUNS.items():
