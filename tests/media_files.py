@@ -100,6 +100,10 @@ def pdf(sizes: list[tuple[int, int]]) -> bytes:
         drawing = f"0 0 {10 * (i + 1)} {10 * (i + 1)} re f"
         objects.append(f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 {width} {height}] /Contents {4 + 2 * i} 0 R >>")
         objects.append(f"<< /Length {len(drawing)} >>\nstream\n{drawing}\nendstream")
+    return _pdf(*objects)
+
+
+def _pdf(*objects: str) -> bytes:
     out = bytearray(b"%PDF-1.4\n")
     places = []
     for number, body in enumerate(objects, 1):
@@ -110,6 +114,19 @@ def pdf(sizes: list[tuple[int, int]]) -> bytes:
     out += b"".join(f"{place:010d} 00000 n \n".encode() for place in places)
     out += f"trailer\n<< /Size {len(objects) + 1} /Root 1 0 R >>\nstartxref\n{table}\n%%EOF\n".encode()
     return bytes(out)
+
+
+def form_pdf() -> bytes:
+    """A page of 100 x 100 points whose one form field has a black square as its appearance, and nothing else on the page."""
+    square = "0 0 40 40 re f"
+    field = "<< /Type /Annot /Subtype /Widget /FT /Tx /T (a) /V (b) /Rect [20 20 60 60] /F 4 /AP << /N 5 0 R >> >>"
+    return _pdf(
+        "<< /Type /Catalog /Pages 2 0 R /AcroForm << /Fields [4 0 R] >> >>",
+        "<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+        "<< /Type /Page /Parent 2 0 R /MediaBox [0 0 100 100] /Annots [4 0 R] >>",
+        field,
+        f"<< /Type /XObject /Subtype /Form /BBox [0 0 40 40] /Length {len(square)} >>\nstream\n{square}\nendstream",
+    )
 
 
 def encrypted_pdf() -> bytes:

@@ -330,3 +330,129 @@ def test_a_source_that_is_not_there_or_of_another_kind_is_named(tmp_path) -> Non
     (tmp_path / "a.csv").write_text("")
     with pytest.raises(ValueError, match=r"a\.csv ends in \.csv; expected one of \.jsonl"):
         import_data(tmp_path / "a.csv", tmp_path / "out")
+
+
+# ---- nothing is dropped or misread in silence
+
+
+def chat(question: str, answer: str = "a", **keys: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], **keys}
+
+
+def test_a_column_that_holds_media_is_read_or_its_row_is_rejected(folder) -> None:
+    rows = [
+        chat("q", id="image", image="img/a.png"),
+        chat("<image>q", id="mark", image="img/a.png"),
+        chat("<video>q", id="video", video="b.mp4"),
+        chat("q", imgs=["img/a.png"]),
+        chat("<audio>q", audios=["x.wav"]),
+        chat("q", shown="img/a.png"),
+        chat("q", image="img/a.png", images=["img/a.png"]),
+    ]
+    report = import_data(lines(folder / "d.jsonl", *rows), folder / "out")
+    assert [(record.id, list(record.media)) for record in imported(report)] == [
+        ("image", ["0.png"]),
+        ("mark", ["0.png"]),
+        ("video", ["0.mp4"]),
+    ]
+    assert all(content(record)[0][-1] == {"type": "text", "text": "q"} for record in imported(report))
+    assert [reason.partition(" holds")[0] for _, reason in rejects(report)] == [
+        "the row's key 'imgs'",
+        "the row's key 'audios'",
+        "the row's key 'shown'",
+        "the row has 'image' and 'images'; give all of them in one.",
+    ]
+
+
+def test_a_file_name_beside_media_that_are_read_is_a_note_and_unread_keys_are_counted(folder) -> None:
+    rows = [chat("q", images=["img/a.png"], origin="coco/000.jpg", score=1), chat("q", score=2)]
+    report = import_data(lines(folder / "d.jsonl", *rows), folder / "out")
+    assert report.written == 2 and report.unread == {"origin": 1, "score": 2}
+
+
+def test_openai_rows_by_name_do_not_drop_a_column_of_media(folder) -> None:
+    report = import_data(lines(folder / "d.jsonl", chat("q", image="img/a.png")), folder / "out", format="openai")
+    [(_, reason)] = rejects(report)
+    assert reason.startswith("the row's key 'image' holds media and is not read; name it in the messages")
+
+
+def test_a_folder_is_read_whole_and_its_rejects_are_no_data(folder) -> None:
+    (folder / "b.json").write_text(json.dumps([chat("json")]))
+    lines(folder / "a.jsonl", chat("jsonl"), "no row")
+    first = import_data(folder, folder / "out")
+    assert sorted(content(record)[0][0]["text"] for record in imported(first)) == ["json", "jsonl"]
+    assert first.rejects is not None and first.rejects.is_relative_to(folder)
+    again = import_data(folder, folder / "again")
+    assert [file.name for file in again.files] == ["a.jsonl", "b.json"] and again.written == 2
+
+
+def test_a_folder_with_json_that_is_no_list_of_rows_is_refused(folder) -> None:
+    lines(folder / "a.jsonl", chat("q"))
+    (folder / "settings.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"settings\.json holds a dict; expected a list of rows\. If it is no data"):
+        import_data(folder, folder / "out")
+
+
+def test_ids_differ_whatever_the_files_are_called(folder) -> None:
+    for part, said in (("x", "one"), ("y", "two")):
+        (folder / part).mkdir()
+        lines(folder / part / "train.jsonl", chat(said), chat(said, id="same"))
+    report = import_data(folder, folder / "out")
+    ids = [record.id for record in imported(report)]
+    assert len(set(ids)) == 4 and "same" in ids and report.repeated == 1
+    elsewhere = import_data(folder / "x" / "train.jsonl", folder / "other")
+    assert imported(elsewhere)[0].id not in ids, "another import of a file of that name"
+
+
+def test_calls_and_responses_spelled_in_text_become_what_they_mean(folder) -> None:
+    call = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+    turns = [
+        ("system", "s"),
+        ("human", "q"),
+        ("gpt", f"I look.\n{call}\n{call}"),
+        ("tool", "<tool_response>\nok\n</tool_response>"),
+        ("gpt", "<think>\nhm\n</think>\n\ndone"),
+    ]
+    row = {"conversations": [{"from": role, "value": text} for role, text in turns]}
+    [record] = imported(import_data(lines(folder / "d.jsonl", row), folder / "out"))
+    _, _, asked, told, done = record.messages
+    assert [c["function"] for c in asked["tool_calls"]] == [{"name": "f", "arguments": '{"a": 1}'}] * 2
+    assert asked["content"] == [{"type": "text", "text": "I look."}]
+    assert (told["role"], told["content"]) == ("tool", [{"type": "text", "text": "ok"}])
+    assert (done["thinking"], done["content"]) == ("hm", [{"type": "text", "text": "done"}])
+
+
+def test_native_marks_of_media_are_places_of_media(folder) -> None:
+    row = chat("<|vision_start|><|image_pad|><|vision_end|>q", images=["img/a.png"])
+    [record] = imported(import_data(lines(folder / "d.jsonl", row), folder / "out"))
+    assert content(record)[0] == [{"type": "image", "image": "0.png"}, {"type": "text", "text": "q"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (chat("q", "<|box_start|>(1,2),(3,4)<|box_end|>"), "<|box_start|>, which would be letters; give places"),
+        (chat("q", "a<|im_end|>"), "the assistant's text spells the control token <|im_end|>"),
+        (chat("q", "so <think>hm</think> 4"), "control token <think>, which would be letters; a thought stands once"),
+        (chat("q", '<tool_call>{"name": "f"'), "an assistant's turn has words behind a <tool_call>"),
+        (chat("q", "<tool_call>f(1)</tool_call>"), "spells a <tool_call> that cannot be read: A tool call is no JSON"),
+        (chat("<|vision_start|><|image_pad|><|vision_end|>q"), "the user's text spells the control token <|vision_st"),
+        (chat("x <|vision_start|>", images=["img/a.png"]), "the user's text spells the control token <|vision_start|>"),
+    ],
+)
+def test_marks_that_would_be_learned_as_letters_are_rejected(folder, row, reason) -> None:
+    report = import_data(lines(folder / "d.jsonl", row), folder / "out")
+    assert report.written == 0 and reason in rejects(report)[0][1]
+
+
+def test_a_persons_own_words_may_hold_marks(folder) -> None:
+    [record] = imported(import_data(lines(folder / "d.jsonl", chat("what does <|im_end|> mean?")), folder / "out"))
+    assert content(record)[0] == [{"type": "text", "text": "what does <|im_end|> mean?"}]
+
+
+def test_a_box_whose_corners_are_turned_round_is_rejected(folder) -> None:
+    row = chat("<image>find <ref-object>", "<bbox>", images=["img/a.png"])
+    row["objects"] = {"ref": ["x"], "bbox": [[90, 60, 10, 10]]}
+    report = import_data(lines(folder / "d.jsonl", row), folder / "out")
+    [(_, reason)] = rejects(report)
+    assert reason.endswith("whose x2 < x1 or y2 < y1; is it x, y, width, height? Corners are expected.")

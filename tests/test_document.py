@@ -1,11 +1,13 @@
 """PDF pages: named by ranges, rendered at the size the budget can use, refused in a sentence when they cannot be read."""
 
+import io
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from media_files import encrypted_pdf, pdf
+from media_files import encrypted_pdf, form_pdf, pdf
 from qvl.outside.media import MediaLimits
 from qvl.outside.workers import InProcess, WorkerPool
 from qvl.prompt.budget import ImageBudget, smart_resize
@@ -107,3 +109,9 @@ def test_a_wrong_password_is_said_to_be_wrong() -> None:
 def test_dpi_has_bounds() -> None:
     with pytest.raises(ValueError, match="dpi is 0; expected 10 to 1200"):
         list(load_document(pdf([A4]), dpi=0))
+
+
+def test_what_was_typed_into_a_form_is_drawn() -> None:
+    ((header, pixels),) = InProcess().run("pdf_pages", io.BytesIO(form_pdf()), pages=[0], scales=[1.0])
+    page = np.asarray(pixels).reshape(header["height"], header["width"], 3)
+    assert (page[45:75, 25:55] == 0).all() and (page[:35] == 255).all(), "the field's square, and no highlight"

@@ -433,3 +433,16 @@ def test_what_is_missing_is_said_in_one_sentence(bare_small, small, tmp_path):
         Processor.from_folder(folder)
     with pytest.raises(ValueError, match="save to another one"):
         text_only.save(bare_small)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("do_resize", False), ("do_rescale", False), ("do_normalize", False), ("resample", 2), ("rescale_factor", 1.0)],
+)
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "video_preprocessor_config.json"])
+def test_processor_options_that_are_not_followed_are_refused(small, tmp_path, name, key, value):
+    folder = Path(shutil.copytree(small, tmp_path / "model"))
+    config = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(config | {key: value}))
+    with pytest.raises(ValueError, match=f"{name} has {key} {value}; Qwen3-VL has"):
+        Processor.from_folder(folder)

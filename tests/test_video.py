@@ -4,6 +4,7 @@ import io
 import math
 import random
 import re
+import struct
 import time
 from pathlib import Path
 from typing import Any
@@ -278,6 +279,36 @@ def test_videos_filmed_sideways_are_turned_upright(tmp_path: Path) -> None:
     # Turned by 90 degrees counterclockwise, the left half lies at the bottom.
     assert raster[0, 80, 32] > 200 and raster[0, 16, 32] < 50
     assert load_video(path).source_height == 96
+
+
+MIRRORS = {  # the display matrix's a, b, c, d -> what a player does with the stored frame
+    "left and right": ((-1, 0, 0, 1), lambda frame: frame[:, ::-1]),
+    "top and bottom": ((1, 0, 0, -1), lambda frame: frame[::-1]),
+    "half a turn": ((-1, 0, 0, -1), lambda frame: frame[::-1, ::-1]),
+    "a quarter clockwise": ((0, 1, -1, 0), lambda frame: np.rot90(frame, -1)),
+    "a quarter counterclockwise": ((0, -1, 1, 0), lambda frame: np.rot90(frame)),
+    "along the diagonal": ((0, 1, 1, 0), lambda frame: frame.transpose(1, 0, 2)),
+    "along the other diagonal": ((0, -1, -1, 0), lambda frame: frame[::-1, ::-1].transpose(1, 0, 2)),
+}
+
+
+@pytest.mark.parametrize("name", MIRRORS)
+def test_videos_are_mirrored_and_turned_as_their_display_matrix_says(tmp_path: Path, name: str) -> None:
+    (a, b, c, d), shown = MIRRORS[name]
+    frame = np.zeros((64, 96, 3), np.uint8)
+    frame[:32, :48], frame[:32, 48:], frame[32:, :48] = 255, 160, 80
+    path = tmp_path / "phone.mp4"
+    write_video(path, [frame] * 3, fps="25", b_frames=0)
+    one = 1 << 16
+    plain = struct.pack(">9i", one, 0, 0, 0, one, 0, 0, 0, 1 << 30)
+    turned = struct.pack(">9i", a * one, b * one, 0, c * one, d * one, 0, 0, 0, 1 << 30)
+    data = path.read_bytes()
+    track = data.index(b"tkhd")
+    assert data.count(plain, track) == 1
+    path.write_bytes(data[:track] + data[track:].replace(plain, turned))
+    (header, got), *_ = InProcess().run("video_frames", path.open("rb"), wanted=[0], keys=None)
+    pixels = np.asarray(got).reshape(header["height"], header["width"], 3)
+    assert pixels.shape == shown(frame).shape and np.abs(pixels.astype(int) - shown(frame)).mean() < 8
 
 
 @pytest.mark.parametrize("format", ["GIF", "WEBP"])

@@ -71,6 +71,10 @@ def run(args: DataImport) -> int:
         more = f" and {len(names) - MOST_NAMES:,} more" if len(names) > MOST_NAMES else ""
         print(f"read {len(names):,} files, each as training data: {', '.join(names[:MOST_NAMES])}{more}")
     print(f"wrote {report.written:,} records in {len(report.shards)} shards to {args.out}")
+    if report.repeated:
+        print(f"{report.repeated:,} rows had the id of an earlier one; a mark of their content was put behind it")
+    for key, count in report.unread.items():
+        print(f"the key {key!r} of {count:,} rows has no place in a record and was not read")
     if report.rejected:
         print(f"left out {report.rejected:,} rows; their reasons are in {report.rejects}, for instance:")
         for line in report.first:

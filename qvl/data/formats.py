@@ -1,11 +1,13 @@
 """Rows of the common data formats become records: OpenAI messages, ms-swift, LLaVA and ShareGPT, plain text."""
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from qvl.data.marked import llava_messages, need, swift_messages, take_thought
 from qvl.data.media import MediaBag
+from qvl.data.native import read_native
 from qvl.data.record import Kind, Record, record_from_dict
 from qvl.prompt.message import ContentPart, Document, Image, Message, Text, Video
 from qvl.prompt.openai import messages_from_dicts
@@ -21,11 +23,12 @@ def detect(row: Mapping[str, Any]) -> Format:
     if "messages" in row and "kind" in row and "id" in row:
         return "record"
     if "messages" in row:
-        return "swift" if {"images", "videos", "objects"} & row.keys() or _has_call_roles(row) else "openai"
+        has_media = {"images", "videos", "objects"} & row.keys() or row.get("image") or row.get("video")
+        return "swift" if has_media or _has_call_roles(row) else "openai"
     if "query" in row and "response" in row:
         return "swift"
     if isinstance(row.get("text"), str):
-        if media := sorted(key for key in ("image", "images", "video", "videos") if row.get(key)):
+        if media := sorted(_unread_media(row, set())):
             raise ValueError(
                 f"a row of text has {media[0]!r} too; give conversations, or --format text to read the text alone."
             )
@@ -42,10 +45,13 @@ def _has_call_roles(row: Mapping[str, Any]) -> bool:
 
 
 def to_record(row: Mapping[str, Any], format: Format, bag: MediaBag, *, id: str, kind: Kind, **facts: str) -> Record:
-    """A record of the row; its media are taken into `bag`. ValueError says what is wrong with the row.
+    """A record of the row; its media are taken into `bag`. ValueError says what is wrong with the row: media that the format does not
+    read are, so that no row becomes text without a word.
 
     `facts`: source, category, lang, license, for rows that do not say.
     """
+    if format not in ("record", "text"):
+        _check_no_media_is_unread(row, READS_MEDIA[format])
     if format == "text":
         messages: list[dict[str, Any]] = [{"role": "document", "content": need(row, "text", str)}]
         kind = "pretrain"
@@ -57,6 +63,8 @@ def to_record(row: Mapping[str, Any], format: Format, bag: MediaBag, *, id: str,
         messages = llava_messages(row, bag)
     else:
         return _record(row, bag)
+    if format != "text":
+        messages = read_native(messages)
     if kind == "pretrain" and format != "text":
         raise ValueError("a conversation cannot be a pretrain record; import it as sft, or give rows with text.")
     if kind != "pretrain" and not any(m["role"] == "assistant" for m in messages):
@@ -73,6 +81,69 @@ def to_record(row: Mapping[str, Any], format: Format, bag: MediaBag, *, id: str,
         data["extra"] = {"rejected": rejected}
     data["media"] = {name: _plain(medium) for name, medium in bag.facts.items()}
     return record_from_dict(data, "row")
+
+
+_CONVERSATION = {"messages", "conversations", "query", "response", "history", "system", "text", "objects"}
+_FACTS = {
+    "id",
+    "kind",
+    "source",
+    "category",
+    "lang",
+    "license",
+    "tools",
+    "reward",
+    "rejected_response",
+    "rejected_messages",
+}
+READS_MEDIA: dict[Format, set[str]] = {
+    "openai": set(),
+    "swift": {"image", "images", "video", "videos"},
+    "llava": {"image", "images", "video", "videos"},
+}
+"""Format -> the keys of a row whose media it reads; OpenAI's messages hold theirs themselves."""
+_MEDIA_NAMES = re.compile(
+    r"(?i)(input_?|raw_?)?(images?|imgs?|pictures?|pics?|photos?|videos?|clips?|frames?|audios?|sounds?|speech|pdfs?|documents?|files?)"
+    r"(_?(path|file|url|bytes|data|base64)s?)?"
+)
+_IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic")
+_OTHER_ENDINGS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".wav", ".mp3", ".flac", ".ogg", ".pdf")
+
+
+def unread_keys(row: Mapping[str, Any], format: Format) -> list[str]:
+    """Keys of a row that no record has a place for."""
+    known = _CONVERSATION | _FACTS | READS_MEDIA.get(format, set())
+    return [] if format == "record" else [key for key in row if key not in known]
+
+
+def _check_no_media_is_unread(row: Mapping[str, Any], read: set[str]) -> None:
+    for key in _unread_media(row, read):
+        where = " or ".join(sorted(read)) or "the messages, as image_url or video"
+        raise ValueError(
+            f"the row's key {key!r} holds media and is not read; name it in {where}, or drop it from the row."
+        )
+    for one, many in (("image", "images"), ("video", "videos")):
+        if {one, many} <= read and row.get(one) and row.get(many):
+            raise ValueError(f"the row has {one!r} and {many!r}; give all of them in one.")
+
+
+def _unread_media(row: Mapping[str, Any], read: set[str]) -> Iterator[str]:
+    for key, value in row.items():
+        if key in _CONVERSATION | _FACTS | read or value is None or value in ("", [], {}):
+            continue
+        # A name such as file_name beside media that are read is a note; alone it would be the row's only trace of an image.
+        if _MEDIA_NAMES.fullmatch(key) or (_is_media(value) and not any(row.get(name) for name in read)):
+            yield key
+
+
+def _is_media(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(map(_is_media, value))
+    if isinstance(value, Mapping):
+        return isinstance(value.get("bytes"), bytes) or _is_media(value.get("path"))
+    if isinstance(value, str):
+        return value[:5].lower() == "data:" or value.lower().endswith(_IMAGE_ENDINGS + _OTHER_ENDINGS)
+    return isinstance(value, bytes | bytearray)
 
 
 def _plain(medium: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qvl.data.media import MediaBag
+from qvl.data.native import media_marks
 from qvl.prompt.template import split_thinking
 
 _MARK = re.compile(r"(<image>|<video>|<bbox>|<ref-object>)")
@@ -90,7 +91,7 @@ def _marked(
     objects: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     """Messages whose media stand where the text says `<image>` or `<video>`; where no mark is, before the first user's words."""
-    texts = [_words(content) for _, content, _ in turns]
+    texts = [media_marks(_words(content)) for _, content, _ in turns]
     marks = [mark for (role, _, _), text in zip(turns, texts, strict=True) for mark in _MARK.findall(text)]
     lacking = ""
     for mark, media in (("<image>", images), ("<video>", videos)):

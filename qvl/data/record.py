@@ -230,6 +230,10 @@ def _check_place(item: Any, record: Record, others: set[str], where: str) -> Non
         raise ValueError(f"{where} has {found[0]} {numbers!r}; expected {PLACES[found[0]]} numbers.")
     if found[0] == "bbox_3d":
         return
+    if found[0] == "bbox_abs" and (numbers[2] < numbers[0] or numbers[3] < numbers[1]):
+        raise ValueError(
+            f"{where} has bbox_abs {list(numbers)}, whose x2 < x1 or y2 < y1; is it x, y, width, height? Corners are expected."
+        )
     medium = record.media.get(item.get("image"))  # type: ignore[arg-type]
     if medium is None or not medium.w or not medium.h:
         raise ValueError(f"{where} has a place in {item.get('image')!r}; expected an image of the record with w and h.")

@@ -43,6 +43,12 @@ def pdf_pages(
         with _one_at_a_time, refusing(f"page {number + 1} of the PDF cannot be rendered; it is damaged."):
             document = _open(stream, password)
             try:
+                # Before any page is loaded: what people typed and ticked is drawn by the form environment (this PDFium runs no scripts).
+                document.init_forms()
+                if document.formenv is not None:
+                    raw.FPDF_SetFormFieldHighlightAlpha(
+                        document.formenv, 0
+                    )  # as it is printed, without a viewer's blue
                 width, height = document.get_page_size(number)
                 check_pixels(f"page {number + 1}", round(width * scale), round(height * scale), limits)
                 bitmap = document[number].render(

@@ -1,5 +1,6 @@
 """Video files to RGB frames with PyAV: packets are counted, only wanted frames become pictures, one frame is held at a time."""
 
+import struct
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any, BinaryIO
@@ -7,6 +8,7 @@ from typing import Any, BinaryIO
 import av
 import numpy as np
 from av.error import FFmpegError
+from av.sidedata.sidedata import Type as SideDataType
 from av.stream import Disposition
 from PIL import Image
 
@@ -81,7 +83,7 @@ def video_frames(
         for number, want in enumerate(wanted):
             if message is None or want != last:
                 frame = reader.at(want, keys[number] if keys is not None else None)
-                pixels = _upright(frame.to_ndarray(format="rgb24"), frame.rotation)
+                pixels = _upright(frame.to_ndarray(format="rgb24"), frame)
                 height, width = pixels.shape[:2]
                 check_pixels("a frame of the video", width, height, limits)
                 time = reader.decoded - 1 if keys is None else frame.pts
@@ -191,10 +193,19 @@ def _rate(times: list[int], unit: Fraction) -> float:
     )
 
 
-def _upright(pixels: np.ndarray, degrees: int) -> np.ndarray:
-    """Phones film sideways and note a turn (counterclockwise degrees); players obey it, so does this."""
-    turns = round(degrees / 90) % 4
-    return np.ascontiguousarray(np.rot90(pixels, turns))
+def _upright(pixels: np.ndarray, frame: Any) -> np.ndarray:
+    """As a player shows it. Phones film sideways and front cameras mirrored; both note it in the stream's display matrix.
+
+    The matrix sends a pixel (x right, y down) to (a x + c y, b x + d y); of its four numbers only signs and which two are large count,
+    since videos turn by right angles (ISO/IEC 14496-12, 8.3.2).
+    """
+    note = next((data for data in frame.side_data if data.type == SideDataType.DISPLAYMATRIX), None)
+    if note is None:
+        return pixels
+    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(note))
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        pixels, a, d = pixels.transpose(1, 0, 2), c, b
+    return np.ascontiguousarray(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
 
 
 def _is_animation(stream: BinaryIO) -> bool:

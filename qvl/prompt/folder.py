@@ -40,7 +40,7 @@ def read_folder(path: Path | str) -> Folder:
         nested = whole.get(part)
         config = nested if isinstance(nested, dict) else read_json(path / name) if (path / name).exists() else None
         if config is not None:
-            _check_patches(path / (WHOLE_FILE if nested is config else name), config)
+            _check_processing(path / (WHOLE_FILE if nested is config else name), config)
         configs.append(config)
     return Folder(path=path, template=_read_template(path), image_config=configs[0], video_config=configs[1])
 
@@ -60,16 +60,37 @@ def _read_template(path: Path) -> str | None:
     return None
 
 
-def _check_patches(file: Path, config: Mapping[str, Any]) -> None:
-    """Refuses another family's processor, whose patches would be cut wrong without a word."""
-    expected = {"patch_size": PATCH, "temporal_patch_size": FRAMES, "merge_size": MERGE}
-    for key, value in expected.items():
-        if config.get(key, value) != value:
+BICUBIC = 3
+"""Pillow's number for it, which processor files use."""
+FIXED: dict[str, tuple[Any, ...]] = {
+    "patch_size": (PATCH,),
+    "temporal_patch_size": (FRAMES,),
+    "merge_size": (MERGE,),
+    "do_resize": (True,),
+    "do_rescale": (True,),
+    "do_normalize": (True,),
+    "do_convert_rgb": (True,),
+    "do_sample_frames": (True,),
+    "do_center_crop": (False,),
+    "do_pad": (False,),
+    "resample": (BICUBIC, "bicubic"),
+}
+"""What Qwen3-VL's processor files say, and the network was trained with. None and a missing key mean the same."""
+RESCALE_FACTOR = 1 / 255
+
+
+def _check_processing(file: Path, config: Mapping[str, Any]) -> None:
+    """Refuses what would change patches or pixels: it is neither followed nor dropped without a word."""
+    for key, values in FIXED.items():
+        if config.get(key) is not None and config[key] not in values:
             raise ValueError(
-                f"{file} has {key} {config[key]}; Qwen3-VL has {value}. Take the file of a Qwen3-VL folder."
+                f"{file} has {key} {config[key]}; Qwen3-VL has {values[0]}. Take the file of a Qwen3-VL folder."
             )
+    factor = config.get("rescale_factor")
+    if factor is not None and not (isinstance(factor, int | float) and abs(factor - RESCALE_FACTOR) < 1e-6):
+        raise ValueError(f"{file} has rescale_factor {factor}; Qwen3-VL has 1/255. Take the file of a Qwen3-VL folder.")
     for key in ("image_mean", "image_std"):
-        if any(value != 0.5 for value in config.get(key, ())):
+        if any(value != 0.5 for value in config.get(key) or ()):
             raise ValueError(f"{file} has {key} {config[key]}; Qwen3-VL has 0.5 for each channel.")
 
 

@@ -29,7 +29,7 @@ def tell(story: Story, pupil: Pupil) -> None:
     makers["text.box"] = (of_world(world("text.box"), pupil.processor, seed=story.seed), 1.2)
     longer = hay(story, pupil, 160, ask_all=True)
     makers["needle160"] = (of_world(longer, pupil.processor, seed=story.seed), 0.5)
-    for name, share in (("prose", 1.6), ("text.appear", 1.2), ("needle64", 2.0)):
+    for name, share in (("prose", 1.6), ("text.appear", 2.4), ("needle64", 2.0)):
         makers[name] = (makers[name][0], share)
     makers["repeats"] = (of_repeats(pupil.prose_T, 40, seed=story.seed), 2.0)
     seconds = story.teach(NextToken(pupil.model), makers, lesson, seed=0)
