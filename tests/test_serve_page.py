@@ -278,3 +278,18 @@ def test_on_a_phone_in_the_dark_nothing_sticks_out(browser: Any, server: Server,
     assert page.locator("#panel").bounding_box()["width"] == 360
     assert not page.locator("#l-thinking_budget").is_visible()
     context.close()
+
+
+def test_again_keeps_the_history_and_asks_the_last_question_anew(page: Any) -> None:
+    asked = staged(page, {"content": "red"})
+    say(page, "First?")
+    say(page, "Second?")
+    page.locator("button:has-text('Again')").last.click()
+    page.wait_for_function("document.querySelectorAll('.turn.assistant .deeds').length === 2")
+    words = [[(m["role"], m["content"]) for m in request["messages"]] for request in asked]
+    assert len(words) == 3 and words[2] == words[1]
+    assert [role for role, _ in words[2]] == ["user", "assistant", "user"]
+    page.locator("button:has-text('Again')").first.click()
+    page.wait_for_function("document.querySelectorAll('.turn.assistant .deeds').length === 1")
+    assert [[m["role"] for m in request["messages"]] for request in asked[3:]] == [["user"]]
+    assert page.locator(".turn").count() == 2

@@ -15,8 +15,11 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from media_files import encoded, gradient
 from qvl.commands import cli
+from qvl.commands.train import held_out_has_risen
 from qvl.core.log import read_jsonl
 from qvl.model.weights import load
+from qvl.recipes.text_guard import Judgement
+from qvl.recipes.tune import Tuned
 from qvl.train.checkpoint import newest
 from tiny_checkpoint import tiny_checkpoint
 
@@ -147,3 +150,18 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(here: Path, capsys: pytest.Ca
     assert list((here / "run").glob(f"step-{steps:08d}"))
     assert cli.main([*train, *SMALL.replace("--steps 6", f"--steps {steps + 2}").split(), *ALONE.split()]) == 0
     assert [row["step"] for row in read_jsonl(log)] == list(range(1, steps + 3))
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ({0: 3.0, 10: 2.0, 20: 1.5}, None),
+        ({0: 3.0, 10: 2.0, 20: 2.01}, None),
+        ({0: 3.0, 10: 2.0, 20: 2.5}, "lowest at step 10 (2.000) and has risen to 2.500 at step 20"),
+        ({0: None, 10: None, 20: None}, None),
+    ],
+)
+def test_a_held_out_loss_that_has_risen_is_reported(losses: dict[int, float | None], said: str | None) -> None:
+    rows = tuple(Judgement(step=step, bits_per_byte=1.0, held_out_loss=loss) for step, loss in losses.items())
+    sentence = held_out_has_risen(Tuned(step=20, export=None, lost=None, judgements=rows))
+    assert sentence is None if said is None else sentence is not None and said in sentence

@@ -443,8 +443,12 @@ def test_convert_loses_no_weights_unless_told_to(tmp_path, capsys) -> None:
     assert cli.main(argv) == 0
     (kept,) = (tmp_path / "out").glob("*.safetensors")
     before = kept.read_bytes()
-    assert cli.main([*argv, "--dtype", "float32"]) == 2
+    assert load_file(kept)["model.language_model.norm.weight"].dtype == torch.float32, "as the source's files"
+    assert "float32)" in capsys.readouterr().out
+    assert cli.main([*argv, "--dtype", "bfloat16"]) == 2
     assert "holds weights already; name another folder, or say --replace" in " ".join(capsys.readouterr().err.split())
     assert kept.read_bytes() == before
-    assert cli.main([*argv, "--dtype", "float32", "--replace"]) == 0
+    assert cli.main([*argv, "--dtype", "bfloat16", "--replace"]) == 0
     assert kept.read_bytes() != before
+    assert cli.main(["convert", "--model", str(tmp_path / "out"), "--out", str(tmp_path / "again")]) == 0
+    assert load_file(tmp_path / "again" / kept.name)["model.language_model.norm.weight"].dtype == torch.bfloat16

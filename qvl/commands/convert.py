@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from qvl.model.weights import load, save
+from qvl.model.weights import load, save, stored_dtype
 from qvl.outside.hub import resolve
 
 
@@ -22,8 +22,8 @@ class Convert:
     """Write over the weights that lie in --out."""
     layout: Literal["hub", "v5"] = "hub"
     """How experts and config fields are spelled: as the official files, or as transformers 5 writes them."""
-    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
-    """What the weights are stored in."""
+    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
+    """What the weights are stored in. auto: as the source's files, the widest of theirs where they differ."""
     max_shard_gb: float = 5.0
     """Largest size of one weight file, in GB (10^9 bytes)."""
     expert_layout: Literal["hub", "v5"] | None = None
@@ -38,6 +38,7 @@ def run(args: Convert) -> None:
         raise ValueError(f"{args.out} is the source folder; write to another one.")
     if not args.replace and any(args.out.glob("*.safetensors")):
         raise ValueError(f"{args.out} holds weights already; name another folder, or say --replace to lose them.")
-    model = load(source, dtype=getattr(torch, args.dtype), expert_layout=args.expert_layout)
+    dtype = stored_dtype(source) if args.dtype == "auto" else getattr(torch, args.dtype)
+    model = load(source, dtype=dtype, expert_layout=args.expert_layout)
     save(model, args.out, layout=args.layout, max_shard_bytes=int(args.max_shard_gb * 1e9), companions=source)
-    print(f"wrote {args.out} ({args.layout} layout, {args.dtype})")
+    print(f"wrote {args.out} ({args.layout} layout, {str(dtype).removeprefix('torch.')})")

@@ -75,6 +75,8 @@ def tell(args: Train, tuned: Tuned | None) -> int:
         print(f"stopped and saved in {args.out}; the same command goes on from there")
         return 130
     Console().print(table_of(tuned.judgements))
+    if (risen := held_out_has_risen(tuned)) is not None:
+        print(risen)
     if tuned.lost is not None:
         print(tuned.lost)
     if tuned.export is None:
@@ -83,3 +85,21 @@ def tell(args: Train, tuned: Tuned | None) -> int:
         where = f"{tuned.export}" + (f" and {args.out / 'adapter'}" if args.lora_rank else "")
         print(f"wrote {where}" + (f", the weights of step {tuned.step}" if tuned.lost else ""))
     return 0 if tuned.lost is None else 1
+
+
+RISEN = 1.01
+"""A held-out loss this many times its lowest is said to have risen; less is noise of a few records."""
+
+
+def held_out_has_risen(tuned: Tuned) -> str | None:
+    """One sentence where an earlier step was better on the held-out records than the weights that were written."""
+    losses = {row.step: row.held_out_loss for row in tuned.judgements if row.held_out_loss is not None}
+    if tuned.step not in losses:
+        return None
+    best = min(losses, key=lambda step: (losses[step], step))
+    if losses[tuned.step] <= RISEN * losses[best]:
+        return None
+    return (
+        f"the held-out loss was lowest at step {best} ({losses[best]:.3f}) and has risen to {losses[tuned.step]:.3f} at step {tuned.step}, "
+        f"whose weights were written: the run learns its records by heart. Run with --steps {max(best, 1)}, or on more data."
+    )

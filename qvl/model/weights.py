@@ -68,6 +68,20 @@ def load(
     return model.eval()
 
 
+def stored_dtype(folder: Path | str) -> torch.dtype:
+    """What a checkpoint folder's weights are stored in; the widest where files mix them, so that nothing is rounded."""
+    source = Source(Path(folder))
+    names = {source.files[path].get_slice(name).get_dtype() for name, path in source.home.items()}
+    found = [
+        dtype
+        for name, dtype in (("F32", torch.float32), ("BF16", torch.bfloat16), ("F16", torch.float16))
+        if name in names
+    ]
+    if not found or "F64" in names or len(found) > 1:
+        return torch.float32  # no 16-bit type holds both others
+    return found[0]
+
+
 class Source:
     """All safetensors files of a folder, opened by mapping; names are checked before any tensor is read."""
 

@@ -67,10 +67,10 @@ def look(story: Story, pupil: Pupil) -> None:
 def kinds(size: int) -> dict[str, tuple[World, float]]:
     """What V0 looks at, and its shares. The digits are enlarged scans, whose pictures keep their size."""
     return {
-        "shapes.name": (shapes.name(size), 0.35),
+        "shapes.name": (shapes.name(size), 0.3),
         "shapes.count": (shapes.count(size), 0.2),
-        "shapes.caption": (shapes.caption(size), 0.15),
-        "digits": (written(), 0.3),
+        "shapes.caption": (shapes.caption(size), 0.12),
+        "digits": (written(), 0.38),
     }
 
 
