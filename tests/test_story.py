@@ -1,28 +1,33 @@
 """The story's rooms: patch labels, the dense objective, made streams, promises and the page."""
 
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from qvl.model.config import preset
 from qvl.model.qwen3vl import new_model
 from qvl.parallel.data_parallel import World as Ranks
+from qvl.parallel.data_parallel import join_world, leave_world
+from qvl.parallel.launch import run_ranks
 from qvl.prompt.processor import Processor
 from qvl.recipes.made_stream import MadeStream, of_repeats, of_text, of_world
-from qvl.recipes.quickstart.__main__ import Options, main
+from qvl.recipes.quickstart.__main__ import Options, broken_floors, start
 from qvl.recipes.quickstart.checkpoint import write_checkpoint
 from qvl.recipes.quickstart.corpus import split
 from qvl.recipes.quickstart.language import small_model
 from qvl.recipes.quickstart.page import write_page
 from qvl.recipes.quickstart.pictures import worlds
-from qvl.recipes.quickstart.story import QUICK, Pupil, Skill, Story
+from qvl.recipes.quickstart.story import LINES, QUICK, Lesson, Pupil, Skill, Story
 from qvl.recipes.quickstart.vision import labelled, labelled_pack, merge_order, words
 from qvl.recipes.quickstart.vocabulary import spoken, train_tokenizer
 from qvl.train.contrastive import V0_RATES
 from qvl.train.dense import BINS, Dense, DenseLabels, accuracy, patch_losses, token_losses
+from qvl.train.loop import StepReport
 from qvl.train.parameters import Rates, freeze, groups
 from qvl.worlds import clips, digits, needle, shapes
 from qvl.worlds.labels import patch_labels
@@ -368,8 +373,55 @@ def test_what_is_held_out_shares_no_line_with_what_is_read() -> None:
         assert shared not in text and f"in document {number}:" in text and "Parameters" in text
 
 
-def test_a_folder_that_no_story_wrote_is_not_emptied(tmp_path: Path) -> None:
+def test_a_folder_that_no_story_wrote_is_not_emptied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match="holds other things and would be emptied; give --out a new folder"):
-        main(Options(out=tmp_path))
+    assert start(Options(out=tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert "holds other things and would be emptied; give --out a new folder" in error and "Traceback" not in error
     assert (tmp_path / "thesis.tex").exists()
+
+
+def test_a_broken_floor_is_one_sentence() -> None:
+    skills = [
+        Skill(chapter="S1", skill="box", floor=0.6, promise=0.76, got=0.5, seconds=1.0),
+        Skill(chapter="S1", skill="count", floor=0.7, promise=0.8, got=0.7, seconds=1.0),
+        Skill(chapter="S3", skill="text kept", floor=1.05, promise=1.03, got=1.1, seconds=1.0, is_less_better=True),
+    ]
+    assert broken_floors(skills) == [
+        "S1: box is 0.500, below its floor 0.6",
+        "S3: text kept is 1.100, above its floor 1.05",
+    ]
+
+
+def exits(folder: Path) -> int:
+    """Each rank leaves a mark; the second one ends with 3."""
+    ranks = join_world(torch.device("cpu"), replicates=True)
+    (folder / str(ranks.rank)).write_text(str(ranks.sum(1.0)))
+    leave_world(3 * ranks.rank)
+    return 0
+
+
+def test_ranks_end_in_an_exit_code_and_no_traceback(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_ranks(exits, 2, tmp_path) == 3
+    assert [(tmp_path / name).read_text() for name in ("0", "1")] == ["2.0", "2.0"]
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_progress_is_a_few_lines_where_no_bar_can_be_drawn(tmp_path: Path) -> None:
+    out = io.StringIO()
+    story = Story(tmp_path, console=Console(file=out, force_terminal=False))
+    with story._progress(Lesson(name="S1", steps=400, samples=8, lr=1e-3)) as callback:
+        for step in range(1, 401):
+            callback(
+                StepReport(step=step, steps=400, values={"loss": 1.0, "loss/a": 1.0, "seconds": 0.1}, skipped=None)
+            )
+    assert len(out.getvalue().splitlines()) == LINES and "400/400" in out.getvalue().splitlines()[-1]
+
+
+def test_progress_is_a_bar_with_the_time_left_on_a_terminal(tmp_path: Path) -> None:
+    out = io.StringIO()
+    story = Story(tmp_path, console=Console(file=out, force_terminal=True, width=100))
+    with story._progress(Lesson(name="S1", steps=4, samples=8, lr=1e-3)) as callback:
+        for step in range(1, 5):
+            callback(StepReport(step=step, steps=4, values={"loss": 1.0, "seconds": 0.1}, skipped=None))
+    assert "4/4" in out.getvalue() and "0:00:00" in out.getvalue()

@@ -139,6 +139,12 @@ def place() -> Place:
     )
 
 
+def take_place(here: Place, port: int) -> None:
+    """Sets what torchrun would have set for this process, for `place` and for torch.distributed; the parent keeps the store at `port`."""
+    os.environ |= {"RANK": str(here.rank), "LOCAL_RANK": str(here.local_rank), "WORLD_SIZE": str(here.world_size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+
 def child_environment(*names: str) -> dict[str, str]:
     """Those of the named variables that are set: what a process we start may see. PATH and the library paths are worth naming."""
     return {name: os.environ[name] for name in names if name in os.environ}

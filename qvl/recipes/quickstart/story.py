@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from qvl.engine.generate import generate
@@ -84,11 +85,11 @@ class Size:
 
 QUICK = Size(
     name="quickstart",
-    language=600,
+    language=800,
     vision=1350,
     connect=100,
-    see=(220, 260),
-    watch=220,
+    see=(260, 400),
+    watch=260,
     remember=(2048, 90),
     questions=160,
     answers=6,
@@ -196,15 +197,37 @@ class Story:
         out = self.work / "lessons" / lesson.name
         self.curves[lesson.name] = out / "log.jsonl"
         try:
-            fit(objective, stream, config, out, self.ranks, watchers=[self._telling(lesson)])
+            with self._progress(lesson) as callback:
+                fit(objective, stream, config, out, self.ranks, watchers=[callback])
         finally:
             stream.close()
         return time.perf_counter() - start
 
-    def _telling(self, lesson: Lesson) -> Watcher:
-        every = max(1, lesson.steps // 12)
+    @contextmanager
+    def _progress(self, lesson: Lesson) -> Iterator[Watcher]:
+        """On a terminal one bar with the time left; elsewhere LINES lines."""
+        if not self.console.is_terminal or not self.speaks:
+            yield self._lines(lesson)
+            return
+        columns = (
+            TextColumn(lesson.name),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[now]}"),
+        )
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            task = progress.add_task(lesson.name, total=lesson.steps, now="")
 
-        def watch(report: StepReport) -> None:
+            def show(report: StepReport) -> None:
+                progress.update(task, completed=report.step, now=report.skipped or f"loss {report.values['loss']:.3f}")
+
+            yield show
+
+    def _lines(self, lesson: Lesson) -> Watcher:
+        every = -(-lesson.steps // LINES)
+
+        def show(report: StepReport) -> None:
             if report.step % every and report.step != report.steps:
                 return
             values = report.values
@@ -215,7 +238,7 @@ class Story:
                 soft_wrap=True,
             )
 
-        return watch
+        return show
 
     def ask(self, pupil: Pupil, world: World, *, split: Split = "heldout") -> tuple[float, float]:
         """(mean score, blind mean score) of greedy answers on examples that no lesson has shown; blind on a quarter of them."""
@@ -245,7 +268,8 @@ class Story:
         beside = f" ({', '.join(others)})" if others else ""
         self.console.print(
             f"{skill.skill}: [{colour}]{skill.got:.3f}[/{colour}]{beside}, promised {sign} {skill.promise:g}, floor {skill.floor:g}: "
-            f"[{colour}]{skill.verdict}[/{colour}]"
+            f"[{colour}]{skill.verdict}[/{colour}]",
+            soft_wrap=True,
         )
 
     def save(self, folder: Path, model: Qwen3VL, tokenizer: Tokenizer) -> None:
@@ -266,6 +290,8 @@ class Story:
 
 
 HELD_OUT_SEED = 4242
+LINES = 6
+"""Of progress for each lesson where no bar can be drawn: a chapter, its skills included, stays below twenty."""
 
 
 def answers(model: Qwen3VL, processor: Processor, examples: Sequence[Example], *, max_tokens: int = 48) -> list[str]:
