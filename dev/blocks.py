@@ -7,6 +7,7 @@ bench:SUITE and bench:SUITE/START, which show the rows of bench/results.jsonl of
 
 import json
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -110,26 +111,29 @@ def bench(name: str, rows: list[dict[str, Any]]) -> str:
 
 
 def story(reports: list[dict[str, Any]]) -> str:
-    """What runs of the story got, one row a promise; the quickstart's runs by their seeds, then the long story beside its own promise."""
-    runs = [
-        sorted((r for r in reports if r["size"] == size), key=lambda r: r["seed"]) for size in ("quickstart", "story")
-    ]
-    if not runs[0]:
+    """What runs of the story got, one row a promise: the mean and the worst of the quickstart's runs, then the long story beside its own
+    promise."""
+    quick, long = ([r for r in reports if r["size"] == size] for size in ("quickstart", "story"))
+    if not quick:
         return "No report in `bench/story` yet; put a `report.json` of `make quickstart` or `make story` there."
     rows = []
-    for number, skill in enumerate(runs[0][0]["chapters"]):
+    for number, skill in enumerate(quick[0]["chapters"]):
+        got = [run["chapters"][number]["got"] for run in quick]
+        worst = max(got) if skill.get("is_less_better") else min(got)
         cells = [skill["chapter"], re.split(r" \(|:| in [\d,]+ tokens", skill["skill"])[0]]
         cells += [f"{skill[key]:.3g}" for key in ("floor", "promise")]
-        cells += [f"{run['chapters'][number]['got']:.3f}" for run in runs[0]]
-        for run in runs[1]:
+        cells += [f"{statistics.mean(got):.3f}", f"{worst:.3f}"]
+        cells += [f"{statistics.stdev(got):.3f}" if len(got) > 1 else "-"]
+        for run in long:
             told = run["chapters"][number]
             cells += [f"{told['promise']:.3g}", f"{told['got']:.3f}"]
         rows.append(tuple(cells))
-    head = ["chapter", "skill", "floor", "promise", *(f"seed {run['seed']}" for run in runs[0])]
-    head += [name for run in runs[1] for name in ("`make story` promises", f"and got, seed {run['seed']}")]
-    minutes = ["", "minutes", "", "", *(f"{run['seconds'] / 60:.0f}" for run in runs[0])]
-    minutes += [cell for run in runs[1] for cell in ("", f"{run['seconds'] / 60:.0f}")]
-    return _table(tuple(head), [*rows, tuple(minutes)])
+    head = ["chapter", "skill", "floor", "promise", f"mean of {len(quick)} runs", "worst", "deviation"]
+    head += [name for run in long for name in ("`make story` promises", f"and got, seed {run['seed']}")]
+    minutes = [run["seconds"] / 60 for run in quick]
+    last = ["", "minutes", "", "", f"{statistics.mean(minutes):.0f}", f"{max(minutes):.0f}", ""]
+    last += [cell for run in long for cell in ("", f"{run['seconds'] / 60:.0f}")]
+    return _table(tuple(head), [*rows, tuple(last)])
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

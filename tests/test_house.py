@@ -211,22 +211,31 @@ def test_a_bench_block_shows_the_newest_row_of_each_machine() -> None:
     assert blocks.bench("media/cat", rows) == "No rows of `media/cat` yet; `make bench` measures them."
 
 
-def test_the_story_block_puts_seeds_side_by_side_and_the_long_story_beside_its_own_promise() -> None:
-    skill = {
+def test_the_story_block_shows_mean_and_worst_and_the_long_story_beside_its_own_promise() -> None:
+    needle = {
         "chapter": "S3",
         "skill": "tagged needle in 2,048 tokens, 8 depths",
         "floor": 0.75,
         "promise": 0.9,
         "got": 0.8,
     }
-    quick = {"size": "quickstart", "seed": 1, "seconds": 720, "chapters": [skill]}
-    first = quick | {"seed": 0, "chapters": [skill | {"got": 0.8123}]}
-    long = quick | {"size": "story", "seconds": 7200, "chapters": [skill | {"promise": 0.95, "got": 1.0}]}
-    assert blocks.story([long, quick, first]).splitlines() == [
-        "| chapter | skill | floor | promise | seed 0 | seed 1 | `make story` promises | and got, seed 1 |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-        "| S3 | tagged needle | 0.75 | 0.9 | 0.812 | 0.800 | 0.95 | 1.000 |",
-        "|  | minutes |  |  | 12 | 12 |  | 120 |",
+    kept = {
+        "chapter": "S3",
+        "skill": "text kept: bits",
+        "floor": 1.05,
+        "promise": 1.03,
+        "got": 1.0,
+        "is_less_better": True,
+    }
+    quick = {"size": "quickstart", "seed": 1, "seconds": 720, "chapters": [needle, kept]}
+    other = quick | {"seed": 0, "seconds": 600, "chapters": [needle | {"got": 0.9}, kept | {"got": 1.02}]}
+    long = quick | {"size": "story", "seconds": 7200, "chapters": [needle | {"promise": 0.95, "got": 1.0}, kept]}
+    assert blocks.story([long, quick, other]).splitlines() == [
+        "| chapter | skill | floor | promise | mean of 2 runs | worst | deviation | `make story` promises | and got, seed 1 |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| S3 | tagged needle | 0.75 | 0.9 | 0.850 | 0.800 | 0.071 | 0.95 | 1.000 |",
+        "| S3 | text kept | 1.05 | 1.03 | 1.010 | 1.020 | 0.014 | 1.03 | 1.000 |",
+        "|  | minutes |  |  | 11 | 12 |  |  | 120 |",
     ]
     assert "make quickstart" in blocks.story([])
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from qvl.core.device import facts
 from qvl.engine.generate import generate
 from qvl.engine.sampling import Sampling
 from qvl.model.qwen3vl import Qwen3VL
@@ -279,13 +280,19 @@ class Story:
         self.ranks.barrier()
 
     def write_report(self) -> Path:
-        """report.json: one entry for each promise."""
+        """report.json: one entry for each promise, and what decides the rounding: seed, steps, ranks, CPU."""
         path = self.work / "report.json"
         if not self.speaks:
             return path
         chapters = [asdict(s) | {"verdict": s.verdict} for s in self.skills]
-        facts = {"size": self.size.name, "seed": self.seed, "seconds": time.perf_counter() - self.began}
-        path.write_text(json.dumps({"chapters": chapters, **facts}, indent=2) + "\n")
+        run = {
+            "ranks": self.ranks.size,
+            "cpu": facts().cpu_name,
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+        }
+        size = {name: value for name, value in asdict(self.size).items() if name != "name"}
+        told = {"size": self.size.name, "seed": self.seed, "seconds": time.perf_counter() - self.began, "steps": size}
+        path.write_text(json.dumps({"chapters": chapters, **told, **run}, indent=2) + "\n")
         return path
 
 
