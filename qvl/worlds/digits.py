@@ -74,9 +74,24 @@ def _show(written: Written, random: Generator, size: int) -> tuple[ContentPart, 
     scan = scans(written.split)[written.digit][written.scan]
     left, top = round(written.x * size / 1000), round(written.y * size / 1000)
     side = max(8, round((written.x + written.side) * size / 1000) - left)
-    cover = np.asarray(Raster.fromarray(scan).resize((side, side), Raster.Resampling.BICUBIC)).clip(0, 1)
+    enlarged = Raster.fromarray(scan).resize((side, side), Raster.Resampling.BICUBIC)
+    if written.split == "train":
+        enlarged = _leaning(enlarged, random)
+    cover = np.asarray(enlarged).clip(0, 1)
     ink = np.array(COLOURS[written.ink], dtype=np.float32)
     # Ink of the same lightness as the paper would be hard to read: a dark picture takes light ink and the other way round.
     ink = ink * 0.6 if raster.mean() > 128 else ink * 0.6 + 102
     blend(raster, cover[: size - top, : size - left], top, left, ink)
     return (Image(picture(raster)),)
+
+
+def _leaning(scan: Raster.Image, random: Generator) -> Raster.Image:
+    """The same scan turned by up to 12 degrees, slanted and stretched by up to a tenth about its middle: the scans to learn from are few,
+    and a model that knows each of them by heart reads no other (dev/LOG.md)."""
+    turn, slant = random.uniform(-0.2, 0.2), random.uniform(-0.1, 0.1)
+    wide, high = random.uniform(0.9, 1.1, size=2)
+    middle = scan.width / 2
+    a, b = math.cos(turn) / wide, (math.sin(turn) + slant) / high
+    d, e = -math.sin(turn) / wide, math.cos(turn) / high
+    affine = (a, b, middle - a * middle - b * middle, d, e, middle - d * middle - e * middle)
+    return scan.transform(scan.size, Raster.Transform.AFFINE, affine, Raster.Resampling.BICUBIC)

@@ -13,7 +13,7 @@ def watch(story: Story, pupil: Pupil) -> None:
     """S2 (report 3.1): longer samples, more text, video; pictures stay in the mixture."""
     world = clips.appear()
     makers = asked_again(story, pupil, 0.35)
-    makers["clips.appear"] = (of_world(world, pupil.processor, seed=story.seed), 0.4)
+    makers["clips.appear"] = (of_world(world, pupil.processor, seed=story.seed), 0.8)
     makers["needle"] = (of_world(hay(story, pupil, 1024, ask_all=True), pupil.processor, seed=story.seed + 1), 0.045)
     makers |= parts(replay(story, pupil), 0.025)
     lesson = Lesson(name="S2", steps=story.size.watch, samples=32, lr=1e-3, rates=Rates(vision=0.1))
