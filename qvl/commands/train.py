@@ -7,9 +7,9 @@ from types import FrameType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from qvl.finetune.text_guard import table_of
+from qvl.finetune.tune import Tune, Tuned, tune
 from qvl.parallel.data_parallel import leave_world
-from qvl.recipes.text_guard import table_of
-from qvl.recipes.tune import Tune, Tuned, tune
 from qvl.train.loop import StepReport
 
 

@@ -17,9 +17,9 @@ from qvl.core.batch import Batch
 from qvl.core.config import read_object
 from qvl.core.log import log, read_jsonl
 from qvl.data.loader import MicroBatch
-from qvl.eval.language import bits_per_byte
 from qvl.parallel.data_parallel import World
 from qvl.prompt.tokenizer import Tokenizer
+from qvl.train.language import bits_per_byte
 from qvl.train.loop import StepReport
 from qvl.train.objective import NextToken
 

@@ -16,10 +16,10 @@ from qvl.data.order import key_of
 from qvl.data.record import Record
 from qvl.data.shard import ShardWriter
 from qvl.data.store import is_remote
+from qvl.finetune.rehearsal import LENGTH, rehearse
 from qvl.model.qwen3vl import Qwen3VL
 from qvl.parallel.data_parallel import World
 from qvl.prompt.processor import Processor
-from qvl.recipes.rehearsal import LENGTH, rehearse
 
 PASSES = 4
 """How often a run may meet a text that the model wrote itself: after about four passes little is learned from a text but the text."""

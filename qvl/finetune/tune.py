@@ -14,15 +14,15 @@ from qvl.data.mixture import read_mixture
 from qvl.data.packing import PackBudget
 from qvl.data.source import open_source
 from qvl.data.store import Store
+from qvl.finetune.replay import ReplayChoice, with_replay
+from qvl.finetune.text_guard import Judgement, TextGuard, TextLostError, held_out_text
+from qvl.finetune.tune_data import open_data
 from qvl.model.lora import LoraConfig, add_adapter, merge, save_adapter
 from qvl.model.qwen3vl import Qwen3VL
 from qvl.model.weights import load, save
 from qvl.outside.hub import resolve
 from qvl.parallel.data_parallel import World, join_world
 from qvl.prompt.processor import Processor
-from qvl.recipes.replay import ReplayChoice, with_replay
-from qvl.recipes.text_guard import Judgement, TextGuard, TextLostError, held_out_text
-from qvl.recipes.tune_data import open_data
 from qvl.train.checkpoint import PREFIX, read_run, restore_weights
 from qvl.train.loop import LoopConfig, Watcher, fit
 from qvl.train.loss import Denominator, LossKernel
