@@ -7,8 +7,9 @@ from types import FrameType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from qvl.finetune.config import Tune
 from qvl.finetune.text_guard import table_of
-from qvl.finetune.tune import Tune, Tuned, tune
+from qvl.finetune.tune import Tuned, tune
 from qvl.parallel.data_parallel import leave_world
 from qvl.train.loop import StepReport
 
@@ -80,6 +81,6 @@ def tell(args: Train, tuned: Tuned | None) -> int:
     if tuned.export is None:
         print("no checkpoint lies before it, so nothing was exported")
     else:
-        where = f"{tuned.export}" + (f" and {args.out / 'adapter'}" if args.lora_rank else "")
+        where = f"{tuned.export}" + (f" and {args.out / 'adapter'}" if args.lora.lora_rank else "")
         print(f"wrote {where}" + (f", the weights of step {tuned.step}" if tuned.lost else ""))
     return 0 if tuned.lost is None else 1
