@@ -7,7 +7,10 @@ from types import FrameType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from qvl.core.device import place
 from qvl.finetune.config import Tune
+from qvl.finetune.dry_run import dry_run
+from qvl.finetune.dry_run import table_of as table_of_dry_run
 from qvl.finetune.text_guard import table_of
 from qvl.finetune.tune import Tuned, tune
 from qvl.parallel.data_parallel import leave_world
@@ -27,6 +30,9 @@ class Train(Tune):
     Ctrl-C (or SIGTERM) finishes the step, saves, and leaves; the same command goes on from there. A second Ctrl-C leaves at once.
     On many devices: torchrun --no-python --nproc-per-node=8 qvl train ...
     """
+
+    dry_run: bool = False
+    """Print devices, dtype, parameters, records, tokens, steps and memory by part, and stop; --out is not touched."""
 
 
 class Stopper:
@@ -48,6 +54,10 @@ class Stopper:
 
 
 def run(args: Train) -> int:
+    if args.dry_run:
+        if place().rank == 0:
+            Console().print(table_of_dry_run(dry_run(args)))
+        return 0
     stopper = Stopper()
     columns = (
         TextColumn("training"),

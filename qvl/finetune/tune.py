@@ -15,7 +15,7 @@ from qvl.data.source import open_source
 from qvl.data.store import Store
 from qvl.finetune.config import Tune
 from qvl.finetune.replay import ReplayChoice, with_replay
-from qvl.finetune.text_guard import Judgement, TextGuard, TextLostError, held_out_text
+from qvl.finetune.text_guard import TEXT_RATIO, Judgement, TextGuard, TextLostError, held_out_text
 from qvl.finetune.tune_data import open_data
 from qvl.model.lora import LoraConfig, add_adapter, merge, save_adapter
 from qvl.model.qwen3vl import Qwen3VL
@@ -24,9 +24,10 @@ from qvl.outside.hub import resolve
 from qvl.parallel.data_parallel import World, join_world
 from qvl.prompt.processor import Processor
 from qvl.train.checkpoint import PREFIX, read_run, restore_weights
-from qvl.train.loop import LoopConfig, Watcher, fit
+from qvl.train.loop import LoopConfig, Watcher
 from qvl.train.objective import NextToken
 from qvl.train.optimizer import OptimizerConfig
+from qvl.train.run import Expect, Run, judged
 from qvl.train.schedule import Schedule
 from qvl.train.watch import export_every
 
@@ -67,9 +68,7 @@ def tune(
     model = load(folder, dtype=pick_dtype(world.device, run.compute.dtype), device=world.device)
     # Before the adapter: what is rehearsed is the model as it came.
     mixture = with_replay(own, replay_choice(run, folder), model, processor, world)
-    lora = (
-        LoraConfig(r=run.lora.lora_rank, alpha=2.0 * run.lora.lora_rank, seed=run.seed) if run.lora.lora_rank else None
-    )
+    lora = lora_config(run)
     if lora is not None:
         add_adapter(model, lora)
     loader, held_out = open_data(
@@ -108,17 +107,20 @@ def tune(
             tokens = sum(int(source.lengths.token_S.sum()) for source in own)
             log.info("%s", plan_sentence(run, tokens, sum(entry.share for entry in mixture.replay)))
         guard.begin(max(steps_in(run.out), default=0))
+        planned = Run(
+            objective=objective,
+            stream=loader,
+            loop=loop_config(run),
+            out=run.out,
+            settings=settings_of(run, folder),
+            expect=expectations(run),
+        )
         try:
-            reached = fit(
-                objective,
-                loader,
-                loop_config(run),
-                run.out,
+            reached = planned.fit(
                 world,
-                watchers=[*exports_on_the_way(run, model, folder, world), *watchers, guard],
+                [*exports_on_the_way(run, model, folder, world), *watchers, guard],
                 stop_after=stop_after,
                 should_stop=should_stop,
-                settings=settings_of(run, folder),
             )
             if world.rank == 0 and (fitted := fitted_sentence(loader.stats["read"])):
                 log.info("%s", fitted)
@@ -127,7 +129,7 @@ def tune(
     if reached < run.steps:
         return None
     export(run, objective.model, folder, world, lora, steps_in(run.out)[reached] if world.size > 1 else None)
-    guard.write(exported_step=reached)
+    guard.write(exported_step=reached, expect=judged(expectations(run), guard.found()))
     rows = tuple(guard.rows.values())
     return Tuned(step=reached, export=run.out / "export", lost=None, judgements=rows)
 
@@ -140,6 +142,17 @@ def exports_on_the_way(run: Tune, model: Qwen3VL, folder: Path, world: World) ->
     )
 
 
+def lora_config(run: Tune) -> LoraConfig | None:
+    rank = run.lora.lora_rank
+    return LoraConfig(r=rank, alpha=2.0 * rank, seed=run.seed) if rank else None
+
+
+def expectations(run: Tune) -> tuple[Expect, ...]:
+    """What the run says it will reach; judged in report.json."""
+    most = run.forgetting.max_text_loss
+    return (Expect(name=TEXT_RATIO, at_most=most),) if most else ()
+
+
 def replay_choice(run: Tune, folder: Path) -> ReplayChoice:
     return ReplayChoice(
         what=run.replay.replay,
@@ -147,7 +160,7 @@ def replay_choice(run: Tune, folder: Path) -> ReplayChoice:
         share=run.replay.replay_share,
         samples=run.replay.replay_samples,
         folder=run.out / "replay",
-        run_tokens=run.steps * run.packs.packs_per_step * run.packs.pack_tokens,
+        run_tokens=run.steps * run.packs.step_tokens,
         pack_tokens=run.packs.pack_tokens,
         seed=run.seed,
     )
@@ -191,7 +204,7 @@ def settings_of(run: Tune, folder: Path) -> dict[str, object]:
 
 def plan_sentence(run: Tune, data_tokens: int, replayed: float) -> str:
     """What the run will read, before it starts."""
-    step = run.packs.packs_per_step * run.packs.pack_tokens
+    step = run.packs.step_tokens
     passes = run.steps * step * (1 - replayed) / max(1, data_tokens)
     return (
         f"{run.steps:,} steps of up to {step:,} tokens, {replayed:.1%} of them replay, are about {passes:,.1f} passes over the data's "
@@ -216,7 +229,7 @@ def _end_lost(run: Tune, sentence: str, guard: TextGuard, folder: Path, world: W
         if step > good and world.rank == 0:
             path.rename(_free(run.out / f"lost-{path.name}"))
     exported = export(run, None, folder, world, lora, saved[good]) if good else None
-    guard.write(exported_step=good or None)
+    guard.write(exported_step=good or None, expect=judged(expectations(run), guard.found()))
     return Tuned(step=good, export=exported, lost=sentence, judgements=tuple(guard.rows.values()))
 
 

@@ -11,6 +11,7 @@ from qvl.model.flops import forward_flops, vision_flops
 from qvl.model.pool import AttentionPool
 from qvl.model.qwen3vl import Qwen3VL, empty_model
 from qvl.model.siglip_text import TextTower, TextTowerConfig
+from qvl.parallel.memory import decoder_stack, head_bytes, training_memory, vision_stack
 from qvl.train.contrastive import V0_RATES
 from qvl.train.parameters import Part, Rates, part_of
 
@@ -322,20 +323,9 @@ def pack_flops(stage: Stage, config: ModelConfig) -> float:
 
 def memory(stage: Stage, config: ModelConfig, total: int, trained: int, devices: int) -> dict[str, int]:
     """bf16 weights, fp32 gradients, masters and two moments, sharded; activations of one pack with each layer recomputed."""
-    text = config.text
-    rows, width, depth = stage.pack_tokens, text.hidden_size, text.num_hidden_layers
-    inner = 3 * (text.moe.intermediate_size * text.moe.num_experts_per_tok if text.moe else text.intermediate_size)
-    last = {"head, one chunk": 2**28 + rows * width * 2}
+    stack, last = decoder_stack(config, stage.pack_tokens), head_bytes(config, stage.pack_tokens)
     if stage.caption_tokens:
         vision, pictures = _vision(config), stage.pack_tokens // stage.mean_length
-        rows, width, depth = pictures * FRAME_PATCHES, vision.hidden_size, vision.depth
-        inner = 2 * vision.intermediate_size
+        stack = vision_stack(vision, pictures * FRAME_PATCHES)
         last = {"pair scores": 3 * 4 * pictures * PAIRS_PER_STEP}
-    return {
-        "weights": 2 * total // devices,
-        "gradients, masters, moments": 16 * trained // devices,
-        "one layer gathered": 2 * 2 * (total // (depth + 2)),
-        "kept activations": rows * width * depth * 2,
-        "one layer's activations": rows * (8 * width + inner) * 2,
-        **last,
-    }
+    return training_memory(total, trained, (stack,), devices=devices, last=last)

@@ -1,0 +1,133 @@
+"""The dry run: what a training run would read, train, hold in memory and reach, counted without loading or writing anything."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from rich.table import Table
+
+from qvl.core.device import pick_device, pick_dtype, place
+from qvl.data.index import fingerprint
+from qvl.data.mixture import read_mixture
+from qvl.data.source import open_source
+from qvl.data.store import Store
+from qvl.finetune.config import Tune
+from qvl.finetune.tune import expectations, lora_config
+from qvl.finetune.tune_data import split
+from qvl.model.config import read_config
+from qvl.model.lora import num_adapter_parameters
+from qvl.model.qwen3vl import empty_model
+from qvl.outside.hub import resolve
+from qvl.parallel.memory import decoder_stack, head_bytes, training_memory, vision_stack
+from qvl.prompt.processor import Processor
+from qvl.train.parameters import Part, part_of
+from qvl.train.run import Expect
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRun:
+    """Counts, not measurements."""
+
+    device: str
+    num_devices: int
+    dtype: str
+    parameters: dict[str, int]
+    """By part, the adapter's among them."""
+    trained: dict[str, int]
+    records: dict[str, int]
+    """By source of the mixture, those held out left aside."""
+    held_out_records: int
+    data_tokens: int
+    """Of one epoch over the records."""
+    steps: int
+    step_tokens: int
+    """The most that a step reads."""
+    replay: str
+    memory_bytes: dict[str, int]
+    """On each device, by what it holds."""
+    expect: tuple[Expect, ...]
+
+    @property
+    def epochs(self) -> float:
+        """Over the data, replay not counted."""
+        return self.steps * self.step_tokens / max(1, self.data_tokens)
+
+
+def dry_run(run: Tune) -> DryRun:
+    """Reads the model's config and the data's indexes, and refuses what `tune` would refuse of them."""
+    device, num_devices = pick_device(run.compute.device), place().world_size
+    dtype = pick_dtype(device, run.compute.dtype)
+    folder = resolve(run.model)
+    processor, config = Processor.from_folder(folder), read_config(folder)
+    parameters, trained = count_parameters(run)
+    mixture, store, mark = read_mixture(run.data), Store(), fingerprint(processor)
+    records: dict[str, int] = {}
+    held_out = tokens = 0
+    for source in (open_source(one, mark, store) for one in replace(mixture, replay=()).resolved()):
+        learned, kept = split(source, run.forgetting.held_out)
+        records[source.config.path] = learned.lengths.num_records
+        held_out += kept.lengths.num_records
+        tokens += int(learned.lengths.token_S.sum())
+    each = dtype.itemsize
+    stacks = [decoder_stack(config, run.packs.pack_tokens, recomputes=run.compute.checkpoint_decoder)]
+    if config.vision is not None and trained.get("vision", 0):  # a frozen vision encoder keeps no activations
+        stacks.append(vision_stack(config.vision, run.packs.pack_patches, recomputes=run.compute.checkpoint_vision))
+    memory = training_memory(
+        sum(parameters.values()),
+        sum(trained.values()),
+        stacks,
+        devices=num_devices,
+        last=head_bytes(config, run.packs.pack_tokens, each),
+        each=each,
+        is_sharded=num_devices > 1,
+    )
+    return DryRun(
+        device=str(device),
+        num_devices=num_devices,
+        dtype=str(dtype).removeprefix("torch."),
+        parameters=parameters,
+        trained=trained,
+        records=records,
+        held_out_records=held_out,
+        data_tokens=tokens,
+        steps=run.steps,
+        step_tokens=run.packs.step_tokens,
+        replay=run.replay.replay,
+        memory_bytes=memory,
+        expect=expectations(run),
+    )
+
+
+def count_parameters(run: Tune) -> tuple[dict[str, int], dict[str, int]]:
+    """(of the model, of what learns), by part."""
+    config, lora = read_config(resolve(run.model)), lora_config(run)
+    model = empty_model(config, dtype=torch.bfloat16, device="meta")
+    counts: dict[Part, int] = {}
+    for name, parameter in model.named_parameters():
+        counts[part_of(name)] = counts.get(part_of(name), 0) + parameter.numel()
+    rates = run.optimizer.rates
+    if lora is None:
+        return {**counts}, {part: count for part, count in counts.items() if rates.of(part) > 0}
+    adapter = {"adapter": num_adapter_parameters(model, lora)}
+    return {**counts, **adapter}, adapter if rates.language > 0 else {}
+
+
+def table_of(found: DryRun) -> Table:
+    total, trained = sum(found.parameters.values()), sum(found.trained.values())
+    table = Table(title="dry run: nothing is loaded or written", show_header=False, title_justify="left")
+    memory = sum(found.memory_bytes.values())
+    rows = {
+        "devices": f"{found.num_devices} x {found.device}",
+        "dtype": found.dtype,
+        "parameters": f"{total:,}: " + ", ".join(f"{part} {count:,}" for part, count in found.parameters.items()),
+        "trained": f"{trained:,}: " + ", ".join(f"{part} {count:,}" for part, count in found.trained.items()),
+        "records": f"{sum(found.records.values()):,}, and {found.held_out_records:,} held out",
+        "tokens": f"{found.data_tokens:,} in one epoch; the run reads up to {found.steps * found.step_tokens:,}, replay ({found.replay}) "
+        f"included: {found.epochs:,.1f} epochs",
+        "steps": f"{found.steps:,} of up to {found.step_tokens:,} tokens",
+        "memory": f"{memory / 2**30:.2f} GiB on each device, one pack at a time: "
+        + ", ".join(f"{what} {size / 2**30:.2f}" for what, size in found.memory_bytes.items()),
+        "expected": "; ".join(map(str, found.expect)) or "nothing",
+    }
+    for what, said in rows.items():
+        table.add_row(what, said)
+    return table
