@@ -137,6 +137,21 @@ class ComputeSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PreStageSettings:
+    """Of --stage v0 alone: the text tower that captions are read by."""
+
+    siglip: Path | None = None
+    """V0: the SigLIP-2 folder that the model's vision encoder started from; its text tower, pooling head, scale and bias go on learning.
+    None: new ones, which read captions by the model's own tokenizer. They are thrown away at the end."""
+    caption_tokens: int = 64
+    """V0 without --siglip: tokens of a caption; longer ones are cut."""
+
+    def __post_init__(self) -> None:
+        if self.caption_tokens < 2:
+            raise ValueError(f"caption_tokens is {self.caption_tokens}; expected at least 2.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tune:
     """One run. Rates, lengths and steps are ours: the report gives none of them."""
 
@@ -146,6 +161,9 @@ class Tune:
     """Mixture file (YAML) over indexed shards; see `qvl data index`."""
     out: Path
     """Folder for checkpoints, log.jsonl, report.json and the export. A run that was stopped goes on from here."""
+    stage: Literal["auto", "v0"] = "auto"
+    """auto: next-token prediction, pretraining or fine-tuning as the records' kinds say. v0: the vision pre-stage, in which the vision
+    encoder learns from images and their captions by a contrastive loss, and nothing else does."""
     steps: int = 1000
     packs: Annotated[PackSettings, UNPREFIXED] = field(default_factory=PackSettings, metadata=FLAT)
     replay: Annotated[ReplaySettings, UNPREFIXED] = field(default_factory=ReplaySettings, metadata=FLAT)
@@ -154,12 +172,17 @@ class Tune:
     lora: Annotated[LoraSettings, UNPREFIXED] = field(default_factory=LoraSettings, metadata=FLAT)
     loss: Annotated[LossSettings, UNPREFIXED] = field(default_factory=LossSettings, metadata=FLAT)
     saving: Annotated[SavingSettings, UNPREFIXED] = field(default_factory=SavingSettings, metadata=FLAT)
+    pre_stage: Annotated[PreStageSettings, UNPREFIXED] = field(default_factory=PreStageSettings, metadata=FLAT)
     seed: int = 0
     compute: Annotated[ComputeSettings, UNPREFIXED] = field(default_factory=ComputeSettings, metadata=FLAT)
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}; expected at least 1.")
+        if self.stage == "v0" and self.lora.lora_rank:
+            raise ValueError("--lora-rank adapts the decoder, which --stage v0 does not run; leave one of them out.")
+        if self.stage == "v0" and self.replay.replay not in ("auto", "none"):
+            raise ValueError(f"replay is {self.replay.replay}, but --stage v0 trains no language; leave --replay out.")
 
     @property
     def judge_every(self) -> int:
