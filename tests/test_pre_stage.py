@@ -1,6 +1,8 @@
 """qvl train --stage v0: a vision encoder learns from images and captions, goes on to the bit after a stop, and scores higher."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +25,13 @@ from qvl.finetune.config import (
     SavingSettings,
     Tune,
 )
-from qvl.finetune.pre_stage import SCORE, train_pre_stage
+from qvl.finetune.dry_run import dry_run
+from qvl.finetune.pre_stage import SCORE, check_vision, text_tower_config, train_pre_stage
 from qvl.model.qwen3vl import new_model
 from qvl.model.weights import load, save
 from qvl.prompt.processor import Processor
 from qvl.train.checkpoint import newest
+from qvl.train.contrastive import new_contrastive
 from qvl.train.parameters import part_of
 from tune_files import small_config
 
@@ -197,3 +201,33 @@ def test_what_a_caption_is() -> None:
         caption_of(document("d", "text alone"))
     with pytest.raises(ValueError, match="record 'e' has no text beside its image"):
         caption_of(chat("e", "What?", " "))
+
+
+def test_a_dry_run_counts_the_vision_encoder_and_its_helpers(here: Path, tmp_path: Path) -> None:
+    found = dry_run(settings(tmp_path / "run", steps=3))
+    model = load(here / "model")
+    objective = new_contrastive(model, text_tower_config(check_vision(settings(tmp_path), model.config), 282, 64))
+    counts: dict[str, int] = {}
+    for name, parameter in objective.named_parameters():
+        counts[part_of(name)] = counts.get(part_of(name), 0) + parameter.numel()
+    assert found.parameters == counts
+    assert found.trained == {part: counts[part] for part in ("vision", "helpers")}
+    assert sum(found.records.values()) + found.held_out_records == 96
+    assert "head, one chunk" not in found.memory_bytes and found.memory_bytes["kept activations"] > 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_ranks_learn_from_each_others_captions_and_export_what_they_trained(here: Path, tmp_path: Path) -> None:
+    flags = "--steps 3 --lr 3e-3 --warmup-steps 1 --pack-tokens 512 --pack-patches 1024 --packs-per-step 2 --held-out 0.25 --workers 0"
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    command = ["train", "--stage", "v0", "--model", "model", "--data", "pairs.yaml", "--out", str(tmp_path / "run")]
+    end = ["--caption-tokens", "20", "--dtype", "float32", "--device", "cpu"]
+    qvl = str(Path(sys.executable).with_name("qvl"))
+    done = subprocess.run([*ranks, qvl, *command, *flags.split(), *end], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    saved, ours = newest(tmp_path / "run"), load(tmp_path / "run" / "export")
+    assert saved is not None and "before" in done.stdout
+    for name, parameter in ours.named_parameters():
+        if part_of(name) == "vision":
+            assert torch.equal(parameter, saved.weights[f"model.{name}"].bfloat16().float()), name
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["zero_shot"]["after"] is not None

@@ -1,4 +1,4 @@
-"""The dry run: what a training run would read, train, hold in memory and reach, counted without loading or writing anything."""
+"""The dry run: what a training run would read, train, hold in memory and reach, counted without training or writing anything."""
 
 from dataclasses import dataclass, replace
 
@@ -10,12 +10,16 @@ from qvl.data.index import fingerprint
 from qvl.data.mixture import read_mixture
 from qvl.data.source import open_source
 from qvl.data.store import Store
+from qvl.finetune.captions import probe, with_images
 from qvl.finetune.config import Tune
+from qvl.finetune.pre_stage import check_vision, pre_stage_expectations, pre_stage_loop, text_tower_config
 from qvl.finetune.tune import expectations, lora_config
 from qvl.finetune.tune_data import split
-from qvl.model.config import read_config
+from qvl.model.config import ModelConfig, read_config
 from qvl.model.lora import num_adapter_parameters
+from qvl.model.pool import AttentionPool
 from qvl.model.qwen3vl import empty_model
+from qvl.model.siglip_text import TextTower, load_text_tower
 from qvl.outside.hub import resolve
 from qvl.parallel.memory import decoder_stack, head_bytes, training_memory, vision_stack
 from qvl.prompt.processor import Processor
@@ -62,13 +66,20 @@ def dry_run(run: Tune) -> DryRun:
     mixture, store, mark = read_mixture(run.data), Store(), fingerprint(processor)
     records: dict[str, int] = {}
     held_out = tokens = 0
-    for source in (open_source(one, mark, store) for one in replace(mixture, replay=()).resolved()):
+    own = replace(mixture, replay=())
+    if run.stage == "v0":
+        probe(own, processor, store)
+    for source in (open_source(one, mark, store) for one in own.resolved()):
+        source = with_images(source) if run.stage == "v0" else source
         learned, kept = split(source, run.forgetting.held_out)
         records[source.config.path] = learned.lengths.num_records
         held_out += kept.lengths.num_records
         tokens += int(learned.lengths.token_S.sum())
     each = dtype.itemsize
-    stacks = [decoder_stack(config, run.packs.pack_tokens, recomputes=run.compute.checkpoint_decoder)]
+    stacks, last = [], {}
+    if run.stage != "v0":  # which runs no decoder
+        stacks.append(decoder_stack(config, run.packs.pack_tokens, recomputes=run.compute.checkpoint_decoder))
+        last = head_bytes(config, run.packs.pack_tokens, each)
     if config.vision is not None and trained.get("vision", 0):  # a frozen vision encoder keeps no activations
         stacks.append(vision_stack(config.vision, run.packs.pack_patches, recomputes=run.compute.checkpoint_vision))
     memory = training_memory(
@@ -76,7 +87,7 @@ def dry_run(run: Tune) -> DryRun:
         sum(trained.values()),
         stacks,
         devices=num_devices,
-        last=head_bytes(config, run.packs.pack_tokens, each),
+        last=last,
         each=each,
         is_sharded=num_devices > 1,
     )
@@ -91,9 +102,9 @@ def dry_run(run: Tune) -> DryRun:
         data_tokens=tokens,
         steps=run.steps,
         step_tokens=run.packs.step_tokens,
-        replay=run.replay.replay,
+        replay="none" if run.stage == "v0" else run.replay.replay,
         memory_bytes=memory,
-        expect=expectations(run),
+        expect=pre_stage_expectations() if run.stage == "v0" else expectations(run),
     )
 
 
@@ -105,15 +116,29 @@ def count_parameters(run: Tune) -> tuple[dict[str, int], dict[str, int]]:
     for name, parameter in model.named_parameters():
         counts[part_of(name)] = counts.get(part_of(name), 0) + parameter.numel()
     rates = run.optimizer.rates
+    if run.stage == "v0":
+        rates = pre_stage_loop(run).optimizer.rates
+        counts["helpers"] = count_helpers(run, config, Processor.from_folder(resolve(run.model)))
     if lora is None:
         return {**counts}, {part: count for part, count in counts.items() if rates.of(part) > 0}
     adapter = {"adapter": num_adapter_parameters(model, lora)}
     return {**counts, **adapter}, adapter if rates.language > 0 else {}
 
 
+def count_helpers(run: Tune, config: ModelConfig, processor: Processor) -> int:
+    """What V0 trains beside the vision encoder: text tower, pooling head, a LayerNorm, scale and bias."""
+    vision = check_vision(run, config)
+    with torch.device("meta"):
+        pool = AttentionPool(vision.hidden_size, vision.intermediate_size, vision.num_heads)
+        shape = text_tower_config(vision, processor.tokenizer.num_ids, run.pre_stage.caption_tokens)
+        text = TextTower(shape) if run.pre_stage.siglip is None else None
+    text = text or load_text_tower(resolve(str(run.pre_stage.siglip)))
+    return sum(p.numel() for p in (*text.parameters(), *pool.parameters())) + 2 * vision.hidden_size + 2
+
+
 def table_of(found: DryRun) -> Table:
     total, trained = sum(found.parameters.values()), sum(found.trained.values())
-    table = Table(title="dry run: nothing is loaded or written", show_header=False, title_justify="left")
+    table = Table(title="dry run: nothing is trained or written", show_header=False, title_justify="left")
     memory = sum(found.memory_bytes.values())
     rows = {
         "devices": f"{found.num_devices} x {found.device}",

@@ -16,7 +16,7 @@ from qvl.finetune.config import Tune
 from qvl.finetune.replay import write_whole
 from qvl.finetune.text_guard import REPORT
 from qvl.finetune.tune import exports_on_the_way, loop_config, steps_in
-from qvl.model.config import VisionConfig, read_config
+from qvl.model.config import ModelConfig, VisionConfig, read_config
 from qvl.model.siglip_text import TextTowerConfig
 from qvl.model.weights import load, save
 from qvl.outside.hub import resolve
@@ -62,10 +62,7 @@ def train_pre_stage(
     call goes on with it, to the bit."""
     world = join_world(pick_device(run.compute.device))
     folder = resolve(run.model)
-    if read_config(folder).vision is None:
-        raise ValueError(
-            f"{run.model} is a text-only model; --stage v0 trains a vision encoder. Give a model that has one."
-        )
+    check_vision(run, read_config(folder))
     processor = Processor.from_folder(folder)
     objective, encode = open_objective(run, folder, processor, world)
     loader, held_out = open_pairs(
@@ -96,7 +93,7 @@ def train_pre_stage(
             loop=pre_stage_loop(run),
             out=run.out,
             settings=settings_of(run, folder),
-            expect=() if before is None else (Expect(name=SCORE, at_least=before),),
+            expect=() if before is None else pre_stage_expectations(before),
         )
         if world.rank == 0:
             _report(planned, zero, None)
@@ -115,6 +112,20 @@ def train_pre_stage(
         save(objective.model.to(torch.bfloat16), run.out / "export", companions=folder)
         log.info("wrote %s", run.out / "export")
     return PreTrained(step=reached, export=run.out / "export", zero_shot=zero)
+
+
+def check_vision(run: Tune, config: ModelConfig) -> VisionConfig:
+    """What V0 trains; ValueError where the model has none."""
+    if config.vision is None:
+        raise ValueError(
+            f"{run.model} is a text-only model; --stage v0 trains a vision encoder. Give a model that has one."
+        )
+    return config.vision
+
+
+def pre_stage_expectations(before: float = 0.0) -> tuple[Expect, ...]:
+    """What the run says it will reach: at least the score it began with, which a dry run does not know."""
+    return (Expect(name=SCORE, at_least=before),)
 
 
 def open_objective(run: Tune, folder: Path, processor: Processor, world: World) -> tuple[Contrastive, Encode]:

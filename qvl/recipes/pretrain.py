@@ -60,17 +60,13 @@ class Stage:
 
 
 def train_settings(stage: Stage) -> dict[str, Any]:
-    """What of `qvl train` makes it this stage; model, data and out are the user's. V0 has another objective and is refused.
+    """What of `qvl train` makes it this stage; model, data and out are the user's.
 
     The stages' mixtures hold their own text, so nothing is rehearsed and no loss of text stops the run; it is still judged.
     """
-    if stage.caption_tokens:
-        raise ValueError(
-            "V0 learns from pictures and captions by qvl.train.contrastive, which qvl train does not run; "
-            "take s0, s1, s2 or s3."
-        )
+    own = {"stage": "v0", "caption_tokens": stage.caption_tokens} if stage.caption_tokens else {}
     is_long = stage.pack_tokens > 8192
-    return {
+    return own | {
         "steps": stage.steps,
         "pack_tokens": stage.pack_tokens,
         "pack_patches": 4 * stage.pack_tokens,
