@@ -9,14 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from data_files import chat, document, picture, processor, texts, write_shards
 from media_files import encoded
 from qvl.commands import cli
 from qvl.core.log import read_jsonl
 from qvl.data.record import Record, record_from_dict
-from qvl.finetune.captions import caption_of
+from qvl.finetune.captions import caption_of, siglip_encoding
 from qvl.finetune.config import (
     ComputeSettings,
     ForgettingSettings,
@@ -28,11 +31,14 @@ from qvl.finetune.config import (
 from qvl.finetune.dry_run import dry_run
 from qvl.finetune.pre_stage import SCORE, check_vision, text_tower_config, train_pre_stage
 from qvl.model.qwen3vl import new_model
+from qvl.model.siglip import Tower, fill_tower
 from qvl.model.weights import load, save
 from qvl.prompt.processor import Processor
 from qvl.train.checkpoint import newest
 from qvl.train.contrastive import new_contrastive
 from qvl.train.parameters import part_of
+from test_contrastive import siglip
+from test_start import SIDE
 from tune_files import small_config
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "yellow": (220, 210, 30)}
@@ -231,3 +237,34 @@ def test_two_ranks_learn_from_each_others_captions_and_export_what_they_trained(
         if part_of(name) == "vision":
             assert torch.equal(parameter, saved.weights[f"model.{name}"].bfloat16().float()), name
     assert json.loads((tmp_path / "run" / "report.json").read_text())["zero_shot"]["after"] is not None
+
+
+def test_from_a_siglip_folder_its_text_half_and_its_tokenizer_go_on(
+    small: Processor, here: Path, tmp_path: Path
+) -> None:
+    theirs = siglip()
+    theirs.save_pretrained(tmp_path / "siglip")
+    words = {word: number for number, word in enumerate(["<pad>", "<eos>", "<unk>", "a", *COLOURS, "square"])}
+    spaced = tokenizers.Tokenizer(WordLevel(words, unk_token="<unk>"))
+    spaced.pre_tokenizer = Whitespace()  # type: ignore[assignment]
+    config = small_config(small)
+    assert config.vision is not None
+    vision = replace(
+        config.vision, depth=3, hidden_size=48, num_heads=4, intermediate_size=80, num_position_embeddings=SIDE**2
+    )
+    model = new_model(replace(config, vision=vision), seed=0, dtype=torch.float32)
+    with torch.no_grad():
+        fill_tower(model.visual, Tower.open(tmp_path / "siglip"))
+    save(model, tmp_path / "model")
+    Processor.from_folder(here / "model").save(tmp_path / "model")
+    run = settings(tmp_path / "run", model=str(tmp_path / "model"), steps=2)
+    run = replace(run, pre_stage=replace(run.pre_stage, siglip=tmp_path / "siglip"))
+    with pytest.raises(ValueError, match=r"tokenizer\.json is missing; the text tower of --siglip needs"):
+        train_pre_stage(run)
+    spaced.save(str(tmp_path / "siglip" / "tokenizer.json"))
+    assert siglip_encoding(tmp_path / "siglip", 8)(["A Red square"]).tolist() == [[3, 4, 8, 1, 0, 0, 0, 0]]
+    made = train_pre_stage(run)
+    assert made is not None and made.zero_shot is not None and made.zero_shot.after is not None
+    first = read_jsonl(tmp_path / "run" / "log.jsonl")[0]
+    assert first["bias"] == pytest.approx(-6.0, abs=0.01), "scale and bias are SigLIP's"
+    assert dry_run(run).trained["helpers"] > sum(p.numel() for p in theirs.text_model.parameters())

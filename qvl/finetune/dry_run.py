@@ -12,14 +12,19 @@ from qvl.data.source import open_source
 from qvl.data.store import Store
 from qvl.finetune.captions import probe, with_images
 from qvl.finetune.config import Tune
-from qvl.finetune.pre_stage import check_vision, pre_stage_expectations, pre_stage_loop, text_tower_config
+from qvl.finetune.pre_stage import (
+    check_vision,
+    num_helper_parameters,
+    pre_stage_expectations,
+    pre_stage_loop,
+    text_tower_config,
+)
 from qvl.finetune.tune import expectations, lora_config
 from qvl.finetune.tune_data import split
 from qvl.model.config import ModelConfig, read_config
 from qvl.model.lora import num_adapter_parameters
-from qvl.model.pool import AttentionPool
 from qvl.model.qwen3vl import empty_model
-from qvl.model.siglip_text import TextTower, load_text_tower
+from qvl.model.siglip_text import load_text_tower
 from qvl.outside.hub import resolve
 from qvl.parallel.memory import decoder_stack, head_bytes, training_memory, vision_stack
 from qvl.prompt.processor import Processor
@@ -126,14 +131,11 @@ def count_parameters(run: Tune) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def count_helpers(run: Tune, config: ModelConfig, processor: Processor) -> int:
-    """What V0 trains beside the vision encoder: text tower, pooling head, a LayerNorm, scale and bias."""
-    vision = check_vision(run, config)
-    with torch.device("meta"):
-        pool = AttentionPool(vision.hidden_size, vision.intermediate_size, vision.num_heads)
-        shape = text_tower_config(vision, processor.tokenizer.num_ids, run.pre_stage.caption_tokens)
-        text = TextTower(shape) if run.pre_stage.siglip is None else None
-    text = text or load_text_tower(resolve(str(run.pre_stage.siglip)))
-    return sum(p.numel() for p in (*text.parameters(), *pool.parameters())) + 2 * vision.hidden_size + 2
+    vision, siglip = check_vision(run, config), run.pre_stage.siglip
+    if siglip is not None:
+        return num_helper_parameters(vision, load_text_tower(resolve(str(siglip))).config)
+    text = text_tower_config(vision, processor.tokenizer.num_ids, run.pre_stage.caption_tokens)
+    return num_helper_parameters(vision, text)
 
 
 def table_of(found: DryRun) -> Table:

@@ -17,7 +17,8 @@ from qvl.finetune.replay import write_whole
 from qvl.finetune.text_guard import REPORT
 from qvl.finetune.tune import exports_on_the_way, loop_config, steps_in
 from qvl.model.config import ModelConfig, VisionConfig, read_config
-from qvl.model.siglip_text import TextTowerConfig
+from qvl.model.pool import AttentionPool
+from qvl.model.siglip_text import TextTower, TextTowerConfig
 from qvl.model.weights import load, save
 from qvl.outside.hub import resolve
 from qvl.parallel.data_parallel import World, join_world
@@ -153,6 +154,13 @@ def text_tower_config(vision: VisionConfig, vocab_size: int, caption_tokens: int
         projection_size=vision.hidden_size,
         max_length=caption_tokens,
     )
+
+
+def num_helper_parameters(vision: VisionConfig, text: TextTowerConfig) -> int:
+    """What V0 trains beside the vision encoder: text tower, pooling head, a LayerNorm, scale and bias."""
+    with torch.device("meta"):
+        helpers = (TextTower(text), AttentionPool(vision.hidden_size, vision.intermediate_size, vision.num_heads))
+    return sum(p.numel() for helper in helpers for p in helper.parameters()) + 2 * vision.hidden_size + 2
 
 
 def pre_stage_loop(run: Tune) -> LoopConfig:

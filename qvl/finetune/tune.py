@@ -56,6 +56,8 @@ def tune(
 
     None when the run was stopped before its last step; the same call goes on with it.
     """
+    if run.stage != "auto":
+        raise ValueError(f"stage is {run.stage}; this is next-token training, V0 is qvl.finetune.pre_stage.")
     device = pick_device(run.compute.device)
     world = join_world(device)
     folder = resolve(run.model)

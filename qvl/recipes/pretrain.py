@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 
+from qvl.finetune.pre_stage import num_helper_parameters, text_tower_config
 from qvl.model.config import ModelConfig, VisionConfig, preset
 from qvl.model.flops import forward_flops, vision_flops
-from qvl.model.pool import AttentionPool
 from qvl.model.qwen3vl import Qwen3VL, empty_model
-from qvl.model.siglip_text import TextTower, TextTowerConfig
 from qvl.parallel.memory import decoder_stack, head_bytes, training_memory, vision_stack
 from qvl.train.contrastive import V0_RATES
 from qvl.train.parameters import Part, Rates, part_of
@@ -83,6 +82,7 @@ def train_settings(stage: Stage) -> dict[str, Any]:
 
 
 BATCH = 4 * 2**20
+GEMMA_IDS = 256_000
 WARMUP = 1000
 """Ours, in steps."""
 PAIRS_PER_STEP = 32 * 2**10
@@ -260,25 +260,9 @@ def count_parameters(config: ModelConfig) -> dict[Part, int]:
 
 
 def count_helpers(config: ModelConfig, caption_tokens: int) -> int:
-    """What V0 trains beside the tower: SigLIP-2's text tower and pooling head, a LayerNorm, scale and bias."""
+    """With SigLIP-2's text tower, which has the shape of its vision tower, and Gemma's vocabulary."""
     vision = _vision(config)
-    with torch.device("meta"):
-        text = TextTower(siglip2_text(vision, caption_tokens))
-        pool = AttentionPool(vision.hidden_size, vision.intermediate_size, vision.num_heads)
-    return sum(p.numel() for p in (*text.parameters(), *pool.parameters())) + 2 * vision.hidden_size + 2
-
-
-def siglip2_text(vision: VisionConfig, caption_tokens: int) -> TextTowerConfig:
-    """SigLIP-2's text tower has the shape of its vision tower, and Gemma's vocabulary."""
-    return TextTowerConfig(
-        vocab_size=256_000,
-        hidden_size=vision.hidden_size,
-        intermediate_size=vision.intermediate_size,
-        num_layers=vision.depth,
-        num_heads=vision.num_heads,
-        projection_size=vision.hidden_size,
-        max_length=caption_tokens,
-    )
+    return num_helper_parameters(vision, text_tower_config(vision, GEMMA_IDS, caption_tokens))
 
 
 def _vision(config: ModelConfig) -> VisionConfig:
