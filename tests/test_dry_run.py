@@ -14,7 +14,7 @@ from qvl.parallel.memory import Stack, training_memory
 from qvl.prompt.processor import Processor
 from qvl.train.parameters import Rates, part_of
 from qvl.train.run import Expect, judged
-from tune_files import small_model
+from tune_files import small_config, small_model
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,15 @@ def test_it_counts_what_the_model_and_the_data_hold(small: Processor, here: Path
         "two moments; the weights are the masters"
     )
     assert (found.step_tokens, found.epochs) == (256, 2560 / found.data_tokens)
+
+
+def test_flops_are_about_six_a_weight_and_token_and_time_needs_a_peak(small: Processor, here: Path) -> None:
+    found = dry_run(settings(compute=ComputeSettings(dtype="float32", device="cpu")))
+    embeddings = small_config(small).text.vocab_size * small_config(small).text.hidden_size
+    rule_of_thumb = 6 * (found.parameters["language"] - embeddings) * found.steps * found.step_tokens
+    assert 0.8 * rule_of_thumb < found.flops < 2 * rule_of_thumb
+    assert dry_run(settings(steps=20)).flops == pytest.approx(2 * found.flops)
+    assert found.days is None
 
 
 def test_frozen_parts_and_lora_train_less(small: Processor, here: Path) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from rich.table import Table
 
@@ -22,14 +23,19 @@ from qvl.finetune.pre_stage import (
 from qvl.finetune.tune import expectations, lora_config
 from qvl.finetune.tune_data import split
 from qvl.model.config import ModelConfig, read_config
+from qvl.model.flops import forward_flops, pool_flops, text_tower_flops, vision_flops
 from qvl.model.lora import num_adapter_parameters
 from qvl.model.qwen3vl import empty_model
-from qvl.model.siglip_text import load_text_tower
+from qvl.model.siglip_text import TextTowerConfig, load_text_tower
 from qvl.outside.hub import resolve
 from qvl.parallel.memory import decoder_stack, head_bytes, training_memory, vision_stack
 from qvl.prompt.processor import Processor
+from qvl.train.metrics import peak_flops
 from qvl.train.parameters import Part, part_of
 from qvl.train.run import Expect
+
+MFU = 0.4
+"""Part of the peak that a good run reaches; what yours reaches stands in its log."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +59,10 @@ class DryRun:
     replay: str
     memory_bytes: dict[str, int]
     """On each device, by what it holds."""
+    flops: float
+    """Of all steps, forward and backward, as if every part learned."""
+    days: float | None
+    """At MFU of the devices' peak; None where the peak is not known, as on a CPU."""
     expect: tuple[Expect, ...]
 
     @property
@@ -70,7 +80,7 @@ def dry_run(run: Tune) -> DryRun:
     parameters, trained = count_parameters(run)
     mixture, store, mark = read_mixture(run.data), Store(), fingerprint(processor)
     records: dict[str, int] = {}
-    held_out = tokens = 0
+    held_out = tokens = patches = square = token_square = pairs = 0
     own = replace(mixture, replay=())
     if run.stage == "v0":
         probe(own, processor, store)
@@ -80,7 +90,22 @@ def dry_run(run: Tune) -> DryRun:
         records[source.config.path] = learned.lengths.num_records
         held_out += kept.lengths.num_records
         tokens += int(learned.lengths.token_S.sum())
+        token_square += int(np.square(learned.lengths.token_S.astype(np.int64)).sum())
+        patches += int(learned.lengths.patch_S.sum())
+        square += int(learned.lengths.square_S.sum())
+        pairs += learned.lengths.num_records
     each = dtype.itemsize
+    total_tokens = run.steps * run.packs.step_tokens
+    part = total_tokens / max(1, tokens)  # of an epoch
+    # Sequences and frames of one length, chosen so that attention costs what it costs in the data.
+    frames = (square // patches,) * (patches * patches // square) if patches else ()
+    length = min(run.packs.pack_tokens, max(1, token_square // max(1, tokens)))
+    if run.stage == "v0":
+        flops = part * pre_stage_flops(config, text_of(run, config, processor), frames, pairs)
+    else:
+        visual = 3 * part * vision_flops(config, frames)
+        flops = visual + total_tokens / length * forward_flops(config, (length,)).training
+    peak = peak_flops(device)
     stacks, last = [], {}
     if run.stage != "v0":  # which runs no decoder
         stacks.append(decoder_stack(config, run.packs.pack_tokens, recomputes=run.compute.checkpoint_decoder))
@@ -109,6 +134,8 @@ def dry_run(run: Tune) -> DryRun:
         step_tokens=run.packs.step_tokens,
         replay="none" if run.stage == "v0" else run.replay.replay,
         memory_bytes=memory,
+        flops=flops,
+        days=None if peak is None else flops / (num_devices * peak * MFU) / 86400,
         expect=pre_stage_expectations() if run.stage == "v0" else expectations(run),
     )
 
@@ -123,19 +150,28 @@ def count_parameters(run: Tune) -> tuple[dict[str, int], dict[str, int]]:
     rates = run.optimizer.rates
     if run.stage == "v0":
         rates = pre_stage_loop(run).optimizer.rates
-        counts["helpers"] = count_helpers(run, config, Processor.from_folder(resolve(run.model)))
+        text = text_of(run, config, Processor.from_folder(resolve(run.model)))
+        counts["helpers"] = num_helper_parameters(check_vision(run, config), text)
     if lora is None:
         return {**counts}, {part: count for part, count in counts.items() if rates.of(part) > 0}
     adapter = {"adapter": num_adapter_parameters(model, lora)}
     return {**counts, **adapter}, adapter if rates.language > 0 else {}
 
 
-def count_helpers(run: Tune, config: ModelConfig, processor: Processor) -> int:
+def text_of(run: Tune, config: ModelConfig, processor: Processor) -> TextTowerConfig:
+    """The text tower of V0."""
     vision, siglip = check_vision(run, config), run.pre_stage.siglip
     if siglip is not None:
-        return num_helper_parameters(vision, load_text_tower(resolve(str(siglip))).config)
-    text = text_tower_config(vision, processor.tokenizer.num_ids, run.pre_stage.caption_tokens)
-    return num_helper_parameters(vision, text)
+        return load_text_tower(resolve(str(siglip))).config
+    return text_tower_config(vision, processor.tokenizer.num_ids, run.pre_stage.caption_tokens)
+
+
+def pre_stage_flops(config: ModelConfig, text: TextTowerConfig, frames: tuple[int, ...], captions: int) -> int:
+    """Of one epoch of V0, forward and backward, without the scores of the pairs."""
+    vision = config.vision
+    assert vision is not None
+    forward = vision_flops(config, frames, with_mergers=False) + text_tower_flops(text, captions)
+    return 3 * (forward + pool_flops(vision.hidden_size, vision.intermediate_size, frames))
 
 
 def table_of(found: DryRun) -> Table:
@@ -153,6 +189,10 @@ def table_of(found: DryRun) -> Table:
         "steps": f"{found.steps:,} of up to {found.step_tokens:,} tokens",
         "memory": f"{memory / 2**30:.2f} GiB on each device, one pack at a time: "
         + ", ".join(f"{what} {size / 2**30:.2f}" for what, size in found.memory_bytes.items()),
+        "FLOPs": f"{found.flops:.2e}",
+        "time": "not known without the device's peak"
+        if found.days is None
+        else f"{24 * found.days:,.1f} hours at {MFU:.0%} of the devices' peak",
         "expected": "; ".join(map(str, found.expect)) or "nothing",
     }
     for what, said in rows.items():
