@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 
 from qvl.engine.prepare import rounded
-from qvl.eval.language import bits_per_byte
 from qvl.model.layers import Linear
 from qvl.model.qwen3vl import Qwen3VL
 from qvl.model.weights import load
 from qvl.prompt.processor import Processor
 from qvl.recipes.quickstart.corpus import documents
+from qvl.train.language import bits_per_byte
 
 QUICKSTART = Path("runs/quickstart/checkpoint")
 

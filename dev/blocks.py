@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
     ("commands",),
     ("recipes",),
-    ("serve", "eval"),
+    ("finetune", "serve", "eval"),
     ("posttrain",),
     ("train", "agent"),
     ("engine", "parallel", "curate"),

@@ -17,7 +17,6 @@ import torch
 import tyro
 from safetensors.torch import load_file, save_file
 
-from qvl.eval.language import bits_per_byte
 from qvl.parallel.data_parallel import join_world, leave_world
 from qvl.prompt.processor import Processor
 from qvl.recipes.quickstart.corpus import documents, split
@@ -28,6 +27,7 @@ from qvl.recipes.quickstart.pictures import connect, kept, see
 from qvl.recipes.quickstart.story import LONG, QUICK, Pupil, Story
 from qvl.recipes.quickstart.vision import look
 from qvl.recipes.quickstart.vocabulary import spoken, train_tokenizer
+from qvl.train.language import bits_per_byte
 
 Name = Literal["language", "V0", "S0", "S1", "S2", "S3"]
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qvl.commands.cli import dump_yaml, load_yaml
-from qvl.core.config import from_dict, to_dict
+from qvl.core.config import FLAT, from_dict, to_dict
 
 
 class Order(enum.Enum):
@@ -231,3 +231,39 @@ def test_yaml_cannot_make_objects(tmp_path: Path) -> None:
 def test_configs_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         from_dict(Train, {"model": "m"}).steps = 3  # type: ignore[misc]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate:
+    """A group of settings that shares its parent's keys."""
+
+    rate: float = 0.5
+    decay: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.rate <= 0:
+            raise ValueError(f"rate is {self.rate}; expected more than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grouped:
+    name: str
+    rate: Rate = field(default_factory=Rate, metadata=FLAT)
+    adam: Adam = field(default_factory=Adam)
+
+
+def test_a_flat_group_shares_its_parents_keys_and_round_trips() -> None:
+    built = from_dict(Grouped, {"name": "a", "rate": 2.0, "adam": {"learning_rate": 3.0}})
+    assert built == Grouped(name="a", rate=Rate(rate=2.0), adam=Adam(learning_rate=3.0))
+    assert to_dict(built) == {"name": "a", "rate": 2.0, "decay": 0.1, "adam": to_dict(built.adam)}
+    assert from_dict(Grouped, to_dict(built)) == built
+    assert from_dict(Grouped, {"name": "a"}) == Grouped(name="a")
+
+
+def test_mistakes_in_a_flat_group_are_named_by_the_keys_that_were_written() -> None:
+    with pytest.raises(ValueError, match=r"unknown key 'decai' in config; did you mean 'decay'\?"):
+        from_dict(Grouped, {"name": "a", "decai": 1.0})
+    with pytest.raises(ValueError, match=r"'decay' in config is 'much' \(str\); expected a number"):
+        from_dict(Grouped, {"name": "a", "decay": "much"})
+    with pytest.raises(ValueError, match=r"rate is -1\.0; expected more than 0"):
+        from_dict(Grouped, {"name": "a", "rate": -1})

@@ -77,7 +77,12 @@ def test_a_stage_becomes_settings_of_qvl_train(tmp_path: Path, capsys: pytest.Ca
     settings = yaml.safe_load(capsys.readouterr().out)
     assert settings["rates"] == {"vision": 0, "mergers": 1, "language": 0} and settings["lr"] == 1e-3
     assert settings["pack_tokens"] * settings["packs_per_step"] == 4 * 2**20 and settings["steps"] == 7, "flags win"
-    assert cli.main(["plan", "--stage", "v0", "--yaml"]) == 2 and "take s0" in capsys.readouterr().err
+    assert cli.main(["plan", "--stage", "v0", "--yaml"]) == 0
+    (tmp_path / "v0.yaml").write_text(capsys.readouterr().out)
+    assert cli.main(["train", "--config", str(tmp_path / "v0.yaml"), *given[3:], "--print-config"]) == 0
+    settings = yaml.safe_load(capsys.readouterr().out)
+    assert (settings["stage"], settings["caption_tokens"], settings["replay"]) == ("v0", 64, "none")
+    assert settings["rates"] == {"vision": 1, "mergers": 0, "language": 0} and settings["packs_per_step"] == 256
     assert cli.main(["plan", "--yaml"]) == 2 and "--stage" in capsys.readouterr().err
 
 

@@ -19,6 +19,7 @@ from qvl.recipes.made_stream import MadeStream, of_repeats, of_text, of_world
 from qvl.recipes.quickstart.__main__ import Options, broken_floors, start
 from qvl.recipes.quickstart.checkpoint import write_checkpoint
 from qvl.recipes.quickstart.corpus import split
+from qvl.recipes.quickstart.dense import BINS, Dense, DenseLabels, accuracy, patch_losses, token_losses
 from qvl.recipes.quickstart.language import small_model
 from qvl.recipes.quickstart.page import write_page
 from qvl.recipes.quickstart.pictures import worlds
@@ -26,7 +27,6 @@ from qvl.recipes.quickstart.story import LINES, QUICK, Lesson, Pupil, Skill, Sto
 from qvl.recipes.quickstart.vision import labelled, labelled_pack, merge_order, words
 from qvl.recipes.quickstart.vocabulary import spoken, train_tokenizer
 from qvl.train.contrastive import V0_RATES
-from qvl.train.dense import BINS, Dense, DenseLabels, accuracy, patch_losses, token_losses
 from qvl.train.loop import StepReport
 from qvl.train.parameters import Rates, freeze, groups
 from qvl.worlds import clips, digits, needle, shapes

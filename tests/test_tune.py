@@ -17,9 +17,9 @@ from media_files import encoded, gradient
 from qvl.commands import cli
 from qvl.commands.train import held_out_has_risen
 from qvl.core.log import read_jsonl
+from qvl.finetune.text_guard import Judgement
+from qvl.finetune.tune import Tuned
 from qvl.model.weights import load
-from qvl.recipes.text_guard import Judgement
-from qvl.recipes.tune import Tuned
 from qvl.train.checkpoint import newest
 from tiny_checkpoint import tiny_checkpoint
 

@@ -18,15 +18,15 @@ from qvl.data.mixture import SourceConfig, mixture_from_dict
 from qvl.data.packing import PackBudget
 from qvl.data.source import Source, open_source
 from qvl.data.store import Store
-from qvl.eval.language import bits_per_byte
+from qvl.finetune import text_guard
+from qvl.finetune.text_guard import TextGuard, TextLostError, built_in_text, held_out_text
+from qvl.finetune.tune_data import contents, open_data, split
 from qvl.model.pack import pack
 from qvl.model.weights import load, save
 from qvl.parallel.data_parallel import World
 from qvl.prompt.processor import Processor
-from qvl.recipes import text_guard
-from qvl.recipes.text_guard import TextGuard, TextLostError, built_in_text, held_out_text
-from qvl.recipes.tune_data import contents, open_data, split
 from qvl.train.checkpoint import newest, read_run
+from qvl.train.language import bits_per_byte
 from qvl.train.loop import StepReport
 from qvl.train.objective import NextToken
 from tune_files import small_config, small_model

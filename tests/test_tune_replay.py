@@ -11,12 +11,12 @@ from data_files import processor, texts, write_shards
 from qvl.data.index import fingerprint, read_index
 from qvl.data.mixture import Mixture, mixture_from_dict
 from qvl.engine.generate import Generation
+from qvl.finetune import rehearsal
+from qvl.finetune.rehearsal import rehearse, whole_sentences
+from qvl.finetune.replay import ReplayChoice, with_replay
 from qvl.model.qwen3vl import Qwen3VL
 from qvl.parallel.data_parallel import World
 from qvl.prompt.processor import Processor
-from qvl.recipes import rehearsal
-from qvl.recipes.rehearsal import rehearse, whole_sentences
-from qvl.recipes.replay import ReplayChoice, with_replay
 from tune_files import small_model
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -122,7 +122,7 @@ def test_by_default_the_model_writes_its_own_and_a_run_that_goes_on_finds_it_wri
     share = min(0.1, 4 * tokens / 4000)
     assert share > 0 and shares(first) == {"mine": round(1 - share, 6), "self": round(share, 6)}
 
-    monkeypatch.setattr("qvl.recipes.replay.rehearse", None)  # would fail if it were called
+    monkeypatch.setattr("qvl.finetune.replay.rehearse", None)  # would fail if it were called
     again = with_replay(mine(tmp_path / "b", small), choice(tmp_path), model, small, ALONE)
     assert shares(again) == shares(first)
     with pytest.raises(TypeError, match="not callable"):  # other wishes are other texts

@@ -6,7 +6,6 @@ file in CamelCase and `run(args) -> int | None`. It may also hold `parse(argv, r
 """
 
 import ast
-import dataclasses
 import importlib
 import inspect
 import os
@@ -130,7 +129,7 @@ def take_in_order(argv: Sequence[str], names: Sequence[str]) -> tuple[list[tuple
 
 def _read(name: str, about: str, cls: type[C], argv: list[str], parse: Callable[..., C] | None) -> tuple[C, bool]:
     """The command's arguments, and whether only to print them."""
-    if clash := {"config", "print_config", "traceback", "help"} & {f.name for f in dataclasses.fields(cls)}:  # type: ignore[arg-type]
+    if clash := {"config", "print_config", "traceback", "help"} & {*config.keys_of(cls)}:
         raise TypeError(f"{cls.__name__} has a field {', '.join(clash)}, which every command has already")
     only_print = "--print-config" in argv
     files, argv = take_in_order([a for a in argv if a != "--print-config"], ("config",))
@@ -141,7 +140,7 @@ def _read(name: str, about: str, cls: type[C], argv: list[str], parse: Callable[
     def read(rest: Sequence[str]) -> C:
         # Of a flag of one value the last one counts, as everywhere; of a flag of several the first ones would be lost without a word.
         flags = [word.partition("=")[0].replace("_", "-") for word in rest]
-        several = ["--" + f.name.replace("_", "-") for f in dataclasses.fields(cls) if "tuple[" in str(f.type)]  # type: ignore[arg-type]
+        several = ["--" + f.name.replace("_", "-") for f in config.fields_of(cls) if "tuple[" in str(f.type)]
         if twice := next((flag for flag in several if flags.count(flag) > 1), None):
             raise ValueError(f"{twice} is given twice; give it once, with all its values behind it")
         return tyro.cli(cls, prog=f"qvl {name}", description=about, args=list(rest), default=default)

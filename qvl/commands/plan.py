@@ -31,7 +31,7 @@ class Plan:
 def run(args: Plan) -> None:
     if args.yaml:
         if args.stage == "all":
-            raise ValueError("--yaml prints one stage; say which with --stage s0, s1, s2 or s3.")
+            raise ValueError("--yaml prints one stage; say which with --stage v0, s0, s1, s2 or s3.")
         print(yaml_text(train_settings(STAGES[args.stage]())), end="")
         return
     console = Console()

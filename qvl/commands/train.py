@@ -7,9 +7,14 @@ from types import FrameType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from qvl.core.device import place
+from qvl.finetune.config import Tune
+from qvl.finetune.dry_run import dry_run
+from qvl.finetune.dry_run import table_of as table_of_dry_run
+from qvl.finetune.pre_stage import PreTrained, train_pre_stage
+from qvl.finetune.text_guard import table_of
+from qvl.finetune.tune import Tuned, tune
 from qvl.parallel.data_parallel import leave_world
-from qvl.recipes.text_guard import table_of
-from qvl.recipes.tune import Tune, Tuned, tune
 from qvl.train.loop import StepReport
 
 
@@ -26,6 +31,9 @@ class Train(Tune):
     Ctrl-C (or SIGTERM) finishes the step, saves, and leaves; the same command goes on from there. A second Ctrl-C leaves at once.
     On many devices: torchrun --no-python --nproc-per-node=8 qvl train ...
     """
+
+    dry_run: bool = False
+    """Print devices, dtype, parameters, records, tokens, steps and memory by part, and stop; --out is not touched."""
 
 
 class Stopper:
@@ -47,6 +55,10 @@ class Stopper:
 
 
 def run(args: Train) -> int:
+    if args.dry_run:
+        if place().rank == 0:
+            Console().print(table_of_dry_run(dry_run(args)))
+        return 0
     stopper = Stopper()
     columns = (
         TextColumn("training"),
@@ -63,17 +75,31 @@ def run(args: Train) -> int:
             now = f"loss {report.values['loss']:.3f}  {report.values['tokens_per_second']:,.0f} tokens/s"
             progress.update(task, completed=report.step, now=report.skipped or now, visible=True)
 
-        tuned = tune(args, [show], should_stop=lambda: stopper.is_asked)
-    code = tell(args, tuned)
+        if args.stage == "v0":
+            made = train_pre_stage(args, [show], should_stop=lambda: stopper.is_asked)
+        else:
+            made = tune(args, [show], should_stop=lambda: stopper.is_asked)
+    code = tell_pre_stage(args, made) if made is None or isinstance(made, PreTrained) else tell(args, made)
     leave_world(code)
     return code
 
 
-def tell(args: Train, tuned: Tuned | None) -> int:
-    """How the run ended, and its exit code."""
-    if tuned is None:
+def tell_pre_stage(args: Train, made: PreTrained | None) -> int:
+    """How a run of V0 ended, or that a run was stopped, and its exit code."""
+    if made is None:
         print(f"stopped and saved in {args.out}; the same command goes on from there")
         return 130
+    if (zero := made.zero_shot) is not None and zero.after is not None:
+        print(
+            f"zero-shot retrieval, {zero.images:,} held-out images among {zero.captions:,} captions: {zero.before:.3f} before, "
+            f"{zero.after:.3f} after, {1 / zero.captions:.3f} by chance"
+        )
+    print(f"wrote {made.export}")
+    return 0
+
+
+def tell(args: Train, tuned: Tuned) -> int:
+    """How the run ended, and its exit code."""
     Console().print(table_of(tuned.judgements))
     if (risen := held_out_has_risen(tuned)) is not None:
         print(risen)
@@ -82,7 +108,7 @@ def tell(args: Train, tuned: Tuned | None) -> int:
     if tuned.export is None:
         print("no checkpoint lies before it, so nothing was exported")
     else:
-        where = f"{tuned.export}" + (f" and {args.out / 'adapter'}" if args.lora_rank else "")
+        where = f"{tuned.export}" + (f" and {args.out / 'adapter'}" if args.lora.lora_rank else "")
         print(f"wrote {where}" + (f", the weights of step {tuned.step}" if tuned.lost else ""))
     return 0 if tuned.lost is None else 1
 

@@ -2,7 +2,8 @@
 
 Plain means what YAML and JSON can hold: dict, list, str, int, float, bool, None. Fields may be these, or Path, Literal, Enum (written by
 its member's name), Optional and other unions, tuple, list, dict with str keys, and nested dataclasses. Where a field takes one of several
-dataclasses, the plain form carries `kind: ClassName`.
+dataclasses, the plain form carries `kind: ClassName`. A nested dataclass whose field is marked FLAT shares its parent's keys: groups of
+settings for the code, one level of names for whoever writes YAML or flags.
 """
 
 import dataclasses
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 C = TypeVar("C")
+FLAT: Mapping[str, bool] = types.MappingProxyType({"is_flat": True})
+"""The metadata of a field whose dataclass shares its parent's keys: `field(default_factory=Group, metadata=FLAT)`."""
 REQUIRED: Any = object()
 """Passed as `missing`: a field without a default must be given."""
 
@@ -52,8 +55,12 @@ def from_dict(cls: type[C], data: Mapping[str, Any], *, where: str = "config", m
 
 def to_dict(config: Any) -> dict[str, Any]:
     """The plain form of a config; `from_dict(type(config), to_dict(config))` equals it."""
-    hints = _hints(type(config))
-    return {f.name: _plain(getattr(config, f.name), hints[f.name]) for f in dataclasses.fields(config) if f.init}
+    hints, plain = _hints(type(config)), {}
+    for f in dataclasses.fields(config):
+        if f.init:
+            value = getattr(config, f.name)
+            plain |= to_dict(value) if _is_flat(f) else {f.name: _plain(value, hints[f.name])}
+    return plain
 
 
 def near_miss(word: str, known: typing.Iterable[str]) -> str:
@@ -74,11 +81,21 @@ def _build(cls: type[C], data: Any, where: str, path: str, missing: Any) -> C:
     if not isinstance(data, Mapping):
         raise ValueError(f"{_place(path, where)} is {_show(data)}; expected keys of {cls.__name__}")
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    hints, known = _hints(cls), keys_of(cls)
     for key in data:
-        if key not in fields:
-            raise ValueError(f"unknown key {path + str(key)!r} in {where}{near_miss(str(key), fields)}")
-    hints = _hints(cls)
-    values = {name: _value(data[name], hints[name], where, path + name, missing) for name in fields if name in data}
+        if key not in known:
+            raise ValueError(f"unknown key {path + str(key)!r} in {where}{near_miss(str(key), known)}")
+    groups = {name: keys_of(hints[name]) for name, f in fields.items() if _is_flat(f)}
+    data = {k: v for k, v in data.items() if not any(k in keys for keys in groups.values())} | {
+        name: {k: data[k] for k in keys if k in data} for name, keys in groups.items()
+    }
+    values = {
+        name: _build(hints[name], data[name], where, path, missing)
+        if name in groups
+        else _value(data[name], hints[name], where, path + name, missing)
+        for name in fields
+        if name in data
+    }
     lacking = [
         name
         for name, f in fields.items()
@@ -96,6 +113,21 @@ def _build(cls: type[C], data: Any, where: str, path: str, missing: Any) -> C:
         value = values.get(name, missing if name in lacking else _default(f))
         object.__setattr__(half, name, value)
     return half
+
+
+def keys_of(cls: type) -> list[str]:
+    """The keys of its plain form, those of flat fields in their place."""
+    return [f.name for f in fields_of(cls)]
+
+
+def fields_of(cls: type) -> list[dataclasses.Field[Any]]:
+    """The fields behind these keys."""
+    own = [f for f in dataclasses.fields(cls) if f.init]
+    return [found for f in own for found in (fields_of(_hints(cls)[f.name]) if _is_flat(f) else [f])]
+
+
+def _is_flat(field: dataclasses.Field[Any]) -> bool:
+    return bool(field.metadata.get("is_flat", False))
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from qvl.core.batch import Batch, Sample
 from qvl.data.deal import cost_of, deal
@@ -33,6 +33,36 @@ class MicroBatch:
     batch: Batch
     ids: tuple[str, ...]
     categories: tuple[str, ...]
+
+
+class Reader(Protocol):
+    """What the loader makes of records: of each something, of a pack's worth one micro-batch."""
+
+    def read(
+        self, source: Source, item: Item, processor: Processor, decoder: Decoder, store: Store, budget: PackBudget
+    ) -> tuple[str, Any, str]:
+        """The record's id, what it gives, and what was done to make it fit. ValueError rejects the record."""
+        ...
+
+    def collate(
+        self, samples: list[Any], ids: tuple[str, ...], categories: tuple[str, ...], model_config: ModelConfig
+    ) -> Any:
+        """A micro-batch, with `batch`, `ids` and `categories`."""
+        ...
+
+
+class TokenReader:
+    """Records as sequences of tokens with their patches: all that the language model learns from."""
+
+    def read(
+        self, source: Source, item: Item, processor: Processor, decoder: Decoder, store: Store, budget: PackBudget
+    ) -> tuple[str, Sample, str]:
+        return source.read(item, processor, decoder, store, budget)
+
+    def collate(
+        self, samples: list[Sample], ids: tuple[str, ...], categories: tuple[str, ...], model_config: ModelConfig
+    ) -> MicroBatch:
+        return MicroBatch(pack(samples, model_config), ids, categories)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +98,7 @@ class Loader:
         world_size: int,
         workers: int,
         prefetch_packs: int,
+        reader: Reader,
     ) -> None:
         if not 0 <= rank < world_size or plan.packs_per_step % world_size:
             raise ValueError(
@@ -77,7 +108,7 @@ class Loader:
         self.sources, self.plan, self.processor, self.model_config = sources, plan, processor, model_config
         self.quarantine, self.decoder, self.store, self.mark = quarantine, decoder, store, mark
         self.rank, self.world_size, self.prefetch_packs = rank, world_size, prefetch_packs
-        self.cost = cost_of(model_config)
+        self.cost, self.reader = cost_of(model_config), reader
         self._identity = self._facts()
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="qvl-data") if workers else None
         self._ahead: deque[tuple[list[Future[_Made]] | list[Pack], dict[str, Any], dict[str, Any]]] = deque()
@@ -134,7 +165,7 @@ class Loader:
     # ---- one pack
 
     def _make(self, planned: Pack) -> _Made:
-        samples: list[Sample] = []
+        samples: list[Any] = []
         ids: list[str] = []
         categories: list[str] = []
         failures: list[Failure] = []
@@ -145,8 +176,8 @@ class Loader:
                 if self.quarantine.holds(source.key(candidate.record)):
                     continue
                 try:
-                    id, sample, fate = source.read(
-                        candidate, self.processor, self.decoder, self.store, self.plan.budget
+                    id, sample, fate = self.reader.read(
+                        source, candidate, self.processor, self.decoder, self.store, self.plan.budget
                     )
                 except ValueError as error:
                     failures.append(source.failure(candidate.record, self.store, str(error)))
@@ -158,7 +189,9 @@ class Loader:
                 break
             else:
                 fates["empty place"] += 1
-        micro = MicroBatch(pack(samples, self.model_config), tuple(ids), tuple(categories)) if samples else None
+        micro = None
+        if samples:
+            micro = self.reader.collate(samples, tuple(ids), tuple(categories), self.model_config)
         return _Made(micro=micro, seen=len(planned), failures=failures, fates=fates)
 
     def _candidates(self, item: Item) -> Iterable[Item]:
@@ -290,13 +323,15 @@ def make_loader(
     buffer: int = 256,
     prefetch_packs: int = 4,
     select: Callable[[int, Source], Source] = lambda number, source: source,
+    reader: Reader | None = None,
 ) -> Loader:
     """A loader over indexed shards.
 
     `packs_per_step` is global: a rank gets packs_per_step / world_size of them. `workers` are threads that read ahead. Without `decoder`
     media are decoded in processes of their own that a hang or a crash cannot take along (`WorkerPool`). `cache`: folder for shards of an
     object store. `out`: folder for `quarantine.jsonl`; each rank writes its own. `max_bad_rate`: share of unreadable samples that stops
-    the run. `select`: (its number in the resolved mixture, the source) -> what of the source is read.
+    the run. `select`: (its number in the resolved mixture, the source) -> what of the source is read. `reader`: what is made of a
+    record; None: sequences of tokens.
     """
     if workers < 0 or prefetch_packs < 1:
         raise ValueError(f"workers is {workers} and prefetch_packs {prefetch_packs}; expected at least 0 and 1.")
@@ -324,4 +359,5 @@ def make_loader(
         world_size=world_size,
         workers=workers,
         prefetch_packs=prefetch_packs,
+        reader=reader or TokenReader(),
     )

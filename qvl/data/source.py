@@ -15,7 +15,7 @@ from qvl.data.plan import Item, Lengths
 from qvl.data.quarantine import Failure
 from qvl.data.record import KINDS
 from qvl.data.sample import materialise
-from qvl.data.shard import content_digest, read_entry, read_members
+from qvl.data.shard import Entry, content_digest, read_entry, read_members
 from qvl.data.store import Store, shards_of
 from qvl.outside.workers import Decoder
 from qvl.prompt.processor import Processor
@@ -62,16 +62,23 @@ class Source:
     ) -> tuple[str, Sample, str]:
         """The id and sample of a place in the plan, and what was done to make it fit. ValueError when the record gives none."""
         shard, row = self.place(item.record)
+        entry = self.entry(item.record, store)
+        made = fit(entry.record, processor, budget.tokens, budget.patches, item.piece)
+        if made.fate == "whole" and made.sample.num_tokens != int(shard.text_S[row]) + int(shard.visual_S[row]):
+            raise ValueError(
+                f"{shard.url} at byte {int(shard.offset_S[row])}: the record has another length than its index says; build the index again."
+            )
+        return entry.record.id, materialise(made, entry.media, processor, decoder), made.fate
+
+    def entry(self, record: int, store: Store) -> Entry:
+        """A record with its media. ValueError when its bytes are not those that were indexed."""
+        shard, row = self.place(record)
         where = f"{shard.url} at byte {int(shard.offset_S[row])}"
         data = store.read(shard.url, int(shard.offset_S[row]), int(shard.size_S[row]))
         members = read_members(data, where)
         if int.from_bytes(content_digest(members), "big") != int(shard.digest_S[row]):
             raise ValueError(f"{where}: the bytes changed since the index was built.")
-        entry = read_entry(data, where)
-        made = fit(entry.record, processor, budget.tokens, budget.patches, item.piece)
-        if made.fate == "whole" and made.sample.num_tokens != int(shard.text_S[row]) + int(shard.visual_S[row]):
-            raise ValueError(f"{where}: the record has another length than its index says; build the index again.")
-        return entry.record.id, materialise(made, entry.media, processor, decoder), made.fate
+        return read_entry(data, where)
 
 
 def open_source(config: SourceConfig, mark: str, store: Store) -> Source:

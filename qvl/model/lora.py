@@ -121,6 +121,12 @@ def add_adapter(model: Qwen3VL, config: LoraConfig) -> None:
     _attach(model, layers)
 
 
+def num_adapter_parameters(model: Qwen3VL, config: LoraConfig) -> int:
+    """What `add_adapter` would add; the model may have no storage."""
+    targets = _targets(model, config.target_modules).values()
+    return sum(config.r * (base.in_features + base.out_features) for base in targets)
+
+
 def load_adapter(model: Qwen3VL, folder: Path | str) -> None:
     """Attach an adapter that PEFT or `save_adapter` wrote. The base is frozen, the adapter trains.
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
+from qvl.finetune.pre_stage import num_helper_parameters, text_tower_config
 from qvl.model.config import ModelConfig, VisionConfig, preset
 from qvl.model.flops import forward_flops, vision_flops
-from qvl.model.pool import AttentionPool
 from qvl.model.qwen3vl import Qwen3VL, empty_model
-from qvl.model.siglip_text import TextTower, TextTowerConfig
+from qvl.parallel.memory import decoder_stack, head_bytes, training_memory, vision_stack
 from qvl.train.contrastive import V0_RATES
 from qvl.train.parameters import Part, Rates, part_of
 
@@ -59,17 +59,13 @@ class Stage:
 
 
 def train_settings(stage: Stage) -> dict[str, Any]:
-    """What of `qvl train` makes it this stage; model, data and out are the user's. V0 has another objective and is refused.
+    """What of `qvl train` makes it this stage; model, data and out are the user's.
 
     The stages' mixtures hold their own text, so nothing is rehearsed and no loss of text stops the run; it is still judged.
     """
-    if stage.caption_tokens:
-        raise ValueError(
-            "V0 learns from pictures and captions by qvl.train.contrastive, which qvl train does not run; "
-            "take s0, s1, s2 or s3."
-        )
+    own = {"stage": "v0", "caption_tokens": stage.caption_tokens} if stage.caption_tokens else {}
     is_long = stage.pack_tokens > 8192
-    return {
+    return own | {
         "steps": stage.steps,
         "pack_tokens": stage.pack_tokens,
         "pack_patches": 4 * stage.pack_tokens,
@@ -86,6 +82,7 @@ def train_settings(stage: Stage) -> dict[str, Any]:
 
 
 BATCH = 4 * 2**20
+GEMMA_IDS = 256_000
 WARMUP = 1000
 """Ours, in steps."""
 PAIRS_PER_STEP = 32 * 2**10
@@ -263,25 +260,9 @@ def count_parameters(config: ModelConfig) -> dict[Part, int]:
 
 
 def count_helpers(config: ModelConfig, caption_tokens: int) -> int:
-    """What V0 trains beside the tower: SigLIP-2's text tower and pooling head, a LayerNorm, scale and bias."""
+    """With SigLIP-2's text tower, which has the shape of its vision tower, and Gemma's vocabulary."""
     vision = _vision(config)
-    with torch.device("meta"):
-        text = TextTower(siglip2_text(vision, caption_tokens))
-        pool = AttentionPool(vision.hidden_size, vision.intermediate_size, vision.num_heads)
-    return sum(p.numel() for p in (*text.parameters(), *pool.parameters())) + 2 * vision.hidden_size + 2
-
-
-def siglip2_text(vision: VisionConfig, caption_tokens: int) -> TextTowerConfig:
-    """SigLIP-2's text tower has the shape of its vision tower, and Gemma's vocabulary."""
-    return TextTowerConfig(
-        vocab_size=256_000,
-        hidden_size=vision.hidden_size,
-        intermediate_size=vision.intermediate_size,
-        num_layers=vision.depth,
-        num_heads=vision.num_heads,
-        projection_size=vision.hidden_size,
-        max_length=caption_tokens,
-    )
+    return num_helper_parameters(vision, text_tower_config(vision, GEMMA_IDS, caption_tokens))
 
 
 def _vision(config: ModelConfig) -> VisionConfig:
@@ -322,20 +303,9 @@ def pack_flops(stage: Stage, config: ModelConfig) -> float:
 
 def memory(stage: Stage, config: ModelConfig, total: int, trained: int, devices: int) -> dict[str, int]:
     """bf16 weights, fp32 gradients, masters and two moments, sharded; activations of one pack with each layer recomputed."""
-    text = config.text
-    rows, width, depth = stage.pack_tokens, text.hidden_size, text.num_hidden_layers
-    inner = 3 * (text.moe.intermediate_size * text.moe.num_experts_per_tok if text.moe else text.intermediate_size)
-    last = {"head, one chunk": 2**28 + rows * width * 2}
+    stack, last = decoder_stack(config, stage.pack_tokens), head_bytes(config, stage.pack_tokens)
     if stage.caption_tokens:
         vision, pictures = _vision(config), stage.pack_tokens // stage.mean_length
-        rows, width, depth = pictures * FRAME_PATCHES, vision.hidden_size, vision.depth
-        inner = 2 * vision.intermediate_size
+        stack = vision_stack(vision, pictures * FRAME_PATCHES)
         last = {"pair scores": 3 * 4 * pictures * PAIRS_PER_STEP}
-    return {
-        "weights": 2 * total // devices,
-        "gradients, masters, moments": 16 * trained // devices,
-        "one layer gathered": 2 * 2 * (total // (depth + 2)),
-        "kept activations": rows * width * depth * 2,
-        "one layer's activations": rows * (8 * width + inner) * 2,
-        **last,
-    }
+    return training_memory(total, trained, (stack,), devices=devices, last=last)

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 
 import torch
 
-from qvl.eval.language import bits_per_byte
 from qvl.recipes.ablate.ablation import Ablation, Material, Probe, Trained, answers_right, surprise
 from qvl.recipes.ablate.arm import Arm, maker_of
 from qvl.recipes.ablate.toy import toy_processor
 from qvl.recipes.made_stream import Maker, of_text
 from qvl.recipes.quickstart.corpus import documents, split
+from qvl.train.language import bits_per_byte
 from qvl.worlds import shapes
 
 WINDOW = 192

@@ -9,9 +9,9 @@ from qvl.recipes.ablate.arm import Arm, maker_of
 from qvl.recipes.ablate.runner import loop_config
 from qvl.recipes.ablate.toy import toy_processor
 from qvl.recipes.made_stream import ALONE, MadeStream, Maker
+from qvl.recipes.quickstart.dense import Dense
 from qvl.recipes.quickstart.vision import labelled, labelled_pack
 from qvl.train.contrastive import V0_RATES
-from qvl.train.dense import Dense
 from qvl.train.loop import fit
 from qvl.worlds import shapes
 from qvl.worlds.paint import COLOURS, SHAPES
@@ -66,7 +66,7 @@ V0 = Ablation(
     steps=300,
     samples=64,
     notes=(
-        "The pre-stage has exact labels at every patch (qvl.train.dense), more than any caption says: equal pictures are not equal "
-        "information, and a step of the pre-stage costs less, because the decoder does not run.",
+        "The pre-stage has exact labels at every patch (qvl.recipes.quickstart.dense), more than any caption says: equal pictures are not "
+        "equal information, and a step of the pre-stage costs less, because the decoder does not run.",
     ),
 )

@@ -12,7 +12,6 @@ import tyro
 from rich.console import Console
 
 from qvl.core.device import num_cores, place
-from qvl.eval.language import bits_per_byte
 from qvl.eval.parity import compare
 from qvl.parallel.data_parallel import join_world, leave_world
 from qvl.parallel.launch import run_ranks
@@ -29,6 +28,7 @@ from qvl.recipes.quickstart.pictures import connect, kept, see, worlds
 from qvl.recipes.quickstart.story import HELD_OUT_SEED, LONG, QUICK, Pupil, Skill, Story
 from qvl.recipes.quickstart.vision import look
 from qvl.recipes.quickstart.vocabulary import spoken, train_tokenizer
+from qvl.train.language import bits_per_byte
 from qvl.worlds import clips
 
 

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import torch
 
-from qvl.eval.language import bits_per_byte
 from qvl.model.config import ModelConfig, RopeConfig, preset
 from qvl.model.qwen3vl import Qwen3VL, new_model
 from qvl.prompt.tokenizer import Tokenizer
@@ -12,6 +11,7 @@ from qvl.recipes.made_stream import Maker, of_repeats, of_text, of_world
 from qvl.recipes.quickstart.ngram import KneserNey
 from qvl.recipes.quickstart.story import Lesson, Pupil, Skill, Story
 from qvl.recipes.quickstart.vocabulary import for_tokenizer
+from qvl.train.language import bits_per_byte
 from qvl.train.objective import NextToken
 from qvl.train.parameters import Rates
 from qvl.worlds import needle

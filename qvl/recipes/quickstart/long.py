@@ -1,10 +1,10 @@
 """Chapter S3: a tagged fact anywhere in a long text, with the earlier skills kept."""
 
-from qvl.eval.language import bits_per_byte
 from qvl.recipes.made_stream import of_world
 from qvl.recipes.quickstart.language import hay, judged_prose, parts, replay
 from qvl.recipes.quickstart.pictures import asked_again
 from qvl.recipes.quickstart.story import HELD_OUT_SEED, Lesson, Pupil, Skill, Story
+from qvl.train.language import bits_per_byte
 from qvl.train.objective import NextToken
 from qvl.train.parameters import Rates
 from qvl.worlds import clips

@@ -12,9 +12,9 @@ from qvl.model.config import ModelConfig
 from qvl.prompt.processor import Processor
 from qvl.prompt.tokenizer import Tokenizer
 from qvl.recipes.made_stream import Maker
+from qvl.recipes.quickstart.dense import Dense, DenseLabels, DensePack, accuracy, join
 from qvl.recipes.quickstart.story import Lesson, Pupil, Skill, Story
 from qvl.train.contrastive import V0_RATES, picture_batch
-from qvl.train.dense import Dense, DenseLabels, DensePack, accuracy, join
 from qvl.worlds import digits, shapes
 from qvl.worlds.labels import PatchLabels, patch_labels
 from qvl.worlds.paint import COLOURS, SHAPES

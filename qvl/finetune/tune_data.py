@@ -77,7 +77,7 @@ def open_data(
     def trained_part(number: int, source: Source) -> Source:
         trained, kept = split(source, held_out)
         # Of what is replayed nothing judges, but what is held out above is not learned from here either.
-        held.append(kept if number < len(mixture.sources) else _only(kept, np.zeros(len(kept.row_S), bool)))
+        held.append(kept if number < len(mixture.sources) else only(kept, np.zeros(len(kept.row_S), bool)))
         return trained
 
     loader = make_loader(
@@ -119,7 +119,7 @@ def split(source: Source, share: float) -> tuple[Source, Source]:
     is_held_S = (contents(source) >> np.uint64(11)).astype(np.float64) / 2.0**53 < share
     if is_held_S.all():
         is_held_S[:] = False
-    return _only(source, ~is_held_S), _only(source, is_held_S)
+    return only(source, ~is_held_S), only(source, is_held_S)
 
 
 def contents(source: Source) -> np.ndarray:
@@ -128,7 +128,8 @@ def contents(source: Source) -> np.ndarray:
     return np.concatenate([shard.content_S[row] for shard, row in zip(source.shards, rows, strict=True)])
 
 
-def _only(source: Source, is_kept_S: np.ndarray) -> Source:
+def only(source: Source, is_kept_S: np.ndarray) -> Source:
+    """The source with the records that are marked."""
     old = source.lengths
     lengths = Lengths(
         token_S=old.token_S[is_kept_S],

@@ -17,9 +17,9 @@ from qvl.core.batch import Batch
 from qvl.core.config import read_object
 from qvl.core.log import log, read_jsonl
 from qvl.data.loader import MicroBatch
-from qvl.eval.language import bits_per_byte
 from qvl.parallel.data_parallel import World
 from qvl.prompt.tokenizer import Tokenizer
+from qvl.train.language import bits_per_byte
 from qvl.train.loop import StepReport
 from qvl.train.objective import NextToken
 
@@ -27,6 +27,7 @@ BUILT_IN_BYTES = 16_000
 MOST_BYTES = 64_000
 """Of a given text, so that a judgement stays short beside the steps between two."""
 REPORT = "report.json"
+TEXT_RATIO = "bits per byte of held-out text, ratio to the start"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +122,10 @@ class TextGuard:
         """Steps that were judged and found within the limit."""
         most = self.most * self.before.bits_per_byte if self.most else float("inf")
         return {step for step, row in self.rows.items() if row.bits_per_byte <= most}
+
+    def found(self) -> dict[str, float]:
+        """What is expected of a run, at its last judgement."""
+        return {TEXT_RATIO: self.rows[max(self.rows)].bits_per_byte / self.before.bits_per_byte}
 
     # ---- measuring
 

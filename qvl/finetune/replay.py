@@ -16,10 +16,10 @@ from qvl.data.order import key_of
 from qvl.data.record import Record
 from qvl.data.shard import ShardWriter
 from qvl.data.store import is_remote
+from qvl.finetune.rehearsal import LENGTH, rehearse
 from qvl.model.qwen3vl import Qwen3VL
 from qvl.parallel.data_parallel import World
 from qvl.prompt.processor import Processor
-from qvl.recipes.rehearsal import LENGTH, rehearse
 
 PASSES = 4
 """How often a run may meet a text that the model wrote itself: after about four passes little is learned from a text but the text."""
@@ -117,7 +117,7 @@ def _tell(folder: Path, choice: ReplayChoice) -> None:
             choice.share,
         )
     _write_mixture(folder, str(folder.resolve()))
-    _write_whole(folder / "replay.json", json.dumps({"share": share, "tokens": tokens}))
+    write_whole(folder / "replay.json", json.dumps({"share": share, "tokens": tokens}))
 
 
 def _mixture_file(path: str, folder: Path, processor: Processor, world: World) -> str:
@@ -194,10 +194,10 @@ def _write(records: list[Record], folder: Path, processor: Processor, *, prefix:
 
 def _write_mixture(folder: Path, source: str) -> None:
     # JSON is YAML too, and quotes what must be quoted.
-    _write_whole(folder / "mixture.yaml", json.dumps({"sources": [{"path": source}]}))
+    write_whole(folder / "mixture.yaml", json.dumps({"sources": [{"path": source}]}))
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     aside = path.with_suffix(".partial")
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)
