@@ -220,6 +220,7 @@ def test_a_dry_run_counts_the_vision_encoder_and_its_helpers(here: Path, tmp_pat
     assert found.trained == {part: counts[part] for part in ("vision", "helpers")}
     assert sum(found.records.values()) + found.held_out_records == 96
     assert "head, one chunk" not in found.memory_bytes and found.memory_bytes["kept activations"] > 0
+    assert found.expect == (f"{SCORE} at least what it is before",)
     assert found.flops > 0 and dry_run(settings(tmp_path / "run", steps=6)).flops == pytest.approx(2 * found.flops)
     assert not (tmp_path / "run").exists()
 
