@@ -83,7 +83,7 @@ def dry_run(run: Tune) -> DryRun:
     held_out = tokens = patches = square = token_square = pairs = 0
     own = replace(mixture, replay=())
     if run.stage == "v0":
-        probe(own, processor, store)
+        own = probe(own, processor, store)
     for source in (open_source(one, mark, store) for one in own.resolved()):
         source = with_images(source) if run.stage == "v0" else source
         learned, kept = split(source, run.forgetting.held_out)
