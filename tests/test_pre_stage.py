@@ -192,7 +192,9 @@ def test_records_that_are_no_pair_are_rejected_among_those_that_are(here: Path, 
     long = replace(coloured(4)[0], id="long", messages=(*coloured(4)[0].messages, *coloured(4)[0].messages))
     entries = [*(coloured(i) for i in range(24)), *texts(6), (long, coloured(4)[1])]
     write_shards(tmp_path / "mixed", entries, Processor.from_folder(here / "model"))
-    (tmp_path / "mixed.yaml").write_text(f"sources: [{{path: {tmp_path / 'mixed'}}}]")
+    write_shards(tmp_path / "texts", texts(9), Processor.from_folder(here / "model"))
+    both = f"[{{path: {tmp_path / 'texts'}}}, {{path: {tmp_path / 'mixed'}}}]"
+    (tmp_path / "mixed.yaml").write_text(f"sources: {both}")
     run = settings(tmp_path / "run", data=tmp_path / "mixed.yaml", steps=6, forgetting=ForgettingSettings(held_out=0))
     made = train_pre_stage(run)
     assert made is not None and made.zero_shot is None and made.step == 6
@@ -220,6 +222,7 @@ def test_a_dry_run_counts_the_vision_encoder_and_its_helpers(here: Path, tmp_pat
     assert found.trained == {part: counts[part] for part in ("vision", "helpers")}
     assert sum(found.records.values()) + found.held_out_records == 96
     assert "head, one chunk" not in found.memory_bytes and found.memory_bytes["kept activations"] > 0
+    assert found.expect == (f"{SCORE} at least what it is before",)
     assert found.flops > 0 and dry_run(settings(tmp_path / "run", steps=6)).flops == pytest.approx(2 * found.flops)
     assert not (tmp_path / "run").exists()
 

@@ -28,6 +28,9 @@ class Train(Tune):
     end, --out/report.json); a run that loses text ability stops, exports its last good checkpoint and leaves with code 1
     (--max-text-loss).
 
+    --stage v0 trains the vision encoder on records of one image and its caption instead; some are held out, and each of
+    their images looks for its caption among all of theirs, before and after.
+
     Ctrl-C (or SIGTERM) finishes the step, saves, and leaves; the same command goes on from there. A second Ctrl-C leaves at once.
     On many devices: torchrun --no-python --nproc-per-node=8 qvl train ...
     """

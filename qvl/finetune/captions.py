@@ -1,7 +1,7 @@
 """Image-caption pairs out of indexed shards: which records are one, and the packs that V0 learns from."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,7 @@ import tokenizers
 import torch
 from torch import Tensor
 
-from qvl.core.log import log
+from qvl.core.log import log, say_once
 from qvl.data.draft import fit
 from qvl.data.index import MEDIA, VIDEO, fingerprint
 from qvl.data.loader import Loader, make_loader
@@ -138,7 +138,7 @@ def open_pairs(
         held.append(kept)
         return trained
 
-    probe(mixture, processor, store)
+    mixture = probe(mixture, processor, store)
     loader = make_loader(
         mixture,
         processor,
@@ -187,8 +187,9 @@ def with_images(source: Source) -> Source:
     return only(source, ((flag_S & MEDIA) != 0) & ((flag_S & VIDEO) == 0))
 
 
-def probe(mixture: Mixture, processor: Processor, store: Store) -> None:
-    """ValueError where none of the first records is an image-caption pair, with the reason of the last one."""
+def probe(mixture: Mixture, processor: Processor, store: Store) -> Mixture:
+    """The mixture without the sources that show no image. ValueError where none of the first records is an image-caption pair, with the
+    reason of the last one."""
     mark = fingerprint(processor)
     from_sources = [with_images(open_source(one, mark, store)) for one in mixture.resolved()]
     reason, probed = "no record shows an image", 0
@@ -197,13 +198,23 @@ def probe(mixture: Mixture, processor: Processor, store: Store) -> None:
             probed += 1
             try:
                 caption_of(source.entry(record, store).record)
-                return
             except ValueError as error:
                 reason = str(error)
+            else:
+                return _without_empty(mixture, from_sources)
     raise ValueError(
         f"the data holds no image-caption pair that --stage v0 could learn from ({probed} records with an image were looked at: "
         f"{reason.rstrip('.')}); give records of one image and its caption."
     )
+
+
+def _without_empty(mixture: Mixture, sources: Sequence[Source]) -> Mixture:
+    kept = [one for one, source in zip(mixture.sources, sources, strict=True) if source.lengths.num_records]
+    for one in mixture.sources:
+        if one not in kept:
+            say_once(f"{one.path}: no record shows an image; --stage v0 skips this source")
+    # Stages name their sources, so those are left to the planner's own words.
+    return mixture if mixture.stages else replace(mixture, sources=tuple(kept))
 
 
 # ---- captions as tokens -------------------------------------------------------------------------------------------

@@ -14,9 +14,9 @@ from qvl.data.store import Store
 from qvl.finetune.captions import probe, with_images
 from qvl.finetune.config import Tune
 from qvl.finetune.pre_stage import (
+    SCORE,
     check_vision,
     num_helper_parameters,
-    pre_stage_expectations,
     pre_stage_loop,
     text_tower_config,
 )
@@ -32,7 +32,6 @@ from qvl.parallel.memory import decoder_stack, head_bytes, training_memory, visi
 from qvl.prompt.processor import Processor
 from qvl.train.metrics import peak_flops
 from qvl.train.parameters import Part, part_of
-from qvl.train.run import Expect
 
 MFU = 0.4
 """Part of the peak that a good run reaches; what yours reaches stands in its log."""
@@ -63,7 +62,8 @@ class DryRun:
     """Of all steps, forward and backward, as if every part learned."""
     days: float | None
     """At MFU of the devices' peak; None where the peak is not known, as on a CPU."""
-    expect: tuple[Expect, ...]
+    expect: tuple[str, ...]
+    """What the run says it will reach."""
 
     @property
     def epochs(self) -> float:
@@ -83,7 +83,7 @@ def dry_run(run: Tune) -> DryRun:
     held_out = tokens = patches = square = token_square = pairs = 0
     own = replace(mixture, replay=())
     if run.stage == "v0":
-        probe(own, processor, store)
+        own = probe(own, processor, store)
     for source in (open_source(one, mark, store) for one in own.resolved()):
         source = with_images(source) if run.stage == "v0" else source
         learned, kept = split(source, run.forgetting.held_out)
@@ -136,7 +136,7 @@ def dry_run(run: Tune) -> DryRun:
         memory_bytes=memory,
         flops=flops,
         days=None if peak is None else flops / (num_devices * peak * MFU) / 86400,
-        expect=pre_stage_expectations() if run.stage == "v0" else expectations(run),
+        expect=(f"{SCORE} at least what it is before",) if run.stage == "v0" else tuple(map(str, expectations(run))),
     )
 
 
@@ -193,7 +193,7 @@ def table_of(found: DryRun) -> Table:
         "time": "not known without the device's peak"
         if found.days is None
         else f"{24 * found.days:,.1f} hours at {MFU:.0%} of the devices' peak",
-        "expected": "; ".join(map(str, found.expect)) or "nothing",
+        "expected": "; ".join(found.expect) or "nothing",
     }
     for what, said in rows.items():
         table.add_row(what, said)

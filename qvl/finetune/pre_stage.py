@@ -94,7 +94,7 @@ def train_pre_stage(
             loop=pre_stage_loop(run),
             out=run.out,
             settings=settings_of(run, folder),
-            expect=() if before is None else pre_stage_expectations(before),
+            expect=() if before is None else (Expect(name=SCORE, at_least=before),),
         )
         if world.rank == 0:
             _report(planned, zero, None)
@@ -122,11 +122,6 @@ def check_vision(run: Tune, config: ModelConfig) -> VisionConfig:
             f"{run.model} is a text-only model; --stage v0 trains a vision encoder. Give a model that has one."
         )
     return config.vision
-
-
-def pre_stage_expectations(before: float = 0.0) -> tuple[Expect, ...]:
-    """What the run says it will reach: at least the score it began with, which a dry run does not know."""
-    return (Expect(name=SCORE, at_least=before),)
 
 
 def open_objective(run: Tune, folder: Path, processor: Processor, world: World) -> tuple[Contrastive, Encode]:
