@@ -16,13 +16,13 @@ from qvl.parallel.data_parallel import join_world, leave_world
 from qvl.parallel.launch import run_ranks
 from qvl.prompt.processor import Processor
 from qvl.recipes.made_stream import MadeStream, of_repeats, of_text, of_world
-from qvl.recipes.quickstart.__main__ import Options, broken_floors, start
 from qvl.recipes.quickstart.checkpoint import write_checkpoint
 from qvl.recipes.quickstart.corpus import split
 from qvl.recipes.quickstart.dense import BINS, Dense, DenseLabels, accuracy, patch_losses, token_losses
 from qvl.recipes.quickstart.language import small_model
 from qvl.recipes.quickstart.page import write_page
 from qvl.recipes.quickstart.pictures import worlds
+from qvl.recipes.quickstart.run import Options, broken_floors, start
 from qvl.recipes.quickstart.story import LINES, QUICK, Lesson, Pupil, Skill, Story
 from qvl.recipes.quickstart.vision import labelled, labelled_pack, merge_order, words
 from qvl.recipes.quickstart.vocabulary import spoken, train_tokenizer
