@@ -16,6 +16,7 @@ from qvl.parallel.data_parallel import join_world, leave_world
 from qvl.parallel.launch import run_ranks
 from qvl.prompt.processor import Processor
 from qvl.recipes.made_stream import MadeStream, of_repeats, of_text, of_world
+from qvl.recipes.quickstart import run
 from qvl.recipes.quickstart.checkpoint import write_checkpoint
 from qvl.recipes.quickstart.corpus import split
 from qvl.recipes.quickstart.dense import BINS, Dense, DenseLabels, accuracy, patch_losses, token_losses
@@ -405,6 +406,11 @@ def test_ranks_end_in_an_exit_code_and_no_traceback(tmp_path: Path, capfd: pytes
     assert run_ranks(exits, 2, tmp_path) == 3
     assert [(tmp_path / name).read_text() for name in ("0", "1")] == ["2.0", "2.0"]
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_the_ranks_of_the_story_can_import_what_they_run() -> None:
+    """A child of multiprocessing never imports a package's __main__."""
+    assert run.main.__module__ == run.start.__module__ == "qvl.recipes.quickstart.run"
 
 
 def test_progress_is_a_few_lines_where_no_bar_can_be_drawn(tmp_path: Path) -> None:
