@@ -10,6 +10,7 @@ import torch
 from qvl.model.config import preset
 from qvl.model.qwen3vl import new_model
 from qvl.parallel.data_parallel import World as Ranks
+from qvl.prompt.example import Example
 from qvl.prompt.processor import Processor
 from qvl.recipes.made_stream import MadeStream, of_repeats, of_text, of_world
 from qvl.recipes.quickstart.__main__ import Options, main
@@ -28,7 +29,6 @@ from qvl.worlds import clips, digits, needle, shapes
 from qvl.worlds.labels import patch_labels
 from qvl.worlds.paint import SHAPES
 from qvl.worlds.shapes import NAMES, Thing
-from qvl.worlds.world import Example
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 SQUARE = Thing(colour="blue", shape="square", texture="filled", x=250, y=500, side=500)
