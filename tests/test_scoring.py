@@ -2,15 +2,20 @@
 
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qvl.scoring.extract import choice_letter, final_text, last_number, normalised, one_number, short_answer
+from qvl.prompt.example import Example
+from qvl.prompt.message import user
+from qvl.scoring.extract import choice_letter, final_text, normalised, one_number, short_answer
 from qvl.scoring.numerals import numbers_in
 from qvl.scoring.places import overlap
-from qvl.scoring.registry import SCORERS, score
+from qvl.scoring.registry import SCORERS, score, score_answers
+from qvl.scoring.score import Resources, Score, Scorer
 from qvl.scoring.times import one_span, times_in
 
 TRUTHS = {
@@ -124,6 +129,69 @@ def test_long_answers_are_read_in_linear_time(name: str) -> None:
         "<think>x</think>",
     ):
         assert score(name, piece * (60_000 // len(piece)), TRUTHS[name]) < 0.5
+
+
+# ---- scores with their way ----------------------------------------------------------------------------------------
+
+
+def example_for(name: str) -> Example:
+    return Example(id="x", category="", messages=(user("?"),), answer=RIGHT[name], truth=TRUTHS[name], scorer=name)
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_each_answer_gets_the_rules_value_what_was_read_and_the_path(name: str) -> None:
+    unfinished = f"<think>It must be {RIGHT[name]}"
+    right, failed = score_answers(example_for(name), [RIGHT[name], unfinished])
+    assert (right.value, right.path, right.reason) == (1.0, "rule", "")
+    assert right.extracted is not None
+    assert (failed.value, failed.extracted, failed.path) == (0.0, None, "failed")
+    assert failed.reason.startswith("The answer does not give ")
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "extracted"),
+    [
+        ("exact", "The answer is: a red circle", "a red circle"),
+        ("choice", "I choose (C).", "C"),
+        ("number", "about 2.60", "2.6"),
+        ("count", "three cats", "3"),
+        ("temporal", "0:04.0", "4 seconds"),
+        ("temporal_iou", "10 to 12", "10 to 12 seconds"),
+        ("boxes_f1", "[]", "[]"),
+    ],
+)
+def test_a_score_shows_what_was_read_in_the_answer(name: str, answer: str, extracted: str) -> None:
+    (got,) = score_answers(example_for(name), [answer])
+    assert got == Score(value=score(name, answer, TRUTHS[name]), extracted=extracted, path="rule")
+
+
+@pytest.mark.parametrize("name", SCORERS)
+@given(answers=st.lists(st.text(max_size=60), max_size=3))
+def test_no_answer_raises_and_what_is_not_read_earns_nothing(name: str, answers: list[str]) -> None:
+    scores = score_answers(example_for(name), answers)
+    assert [s.value for s in scores] == [score(name, answer, TRUTHS[name]) for answer in answers]
+    assert all(s.extracted is not None if s.path == "rule" else s.value == 0 and s.reason for s in scores)
+
+
+def test_a_scorer_is_asked_with_its_example_all_answers_and_the_resources() -> None:
+    seen = []
+
+    def judge(example: Example, answers: Sequence[str], resources: Resources) -> list[Score]:
+        seen.append((example.id, list(answers), resources.judge))
+        return [Score(value=0.5, extracted=answer, path="judge", reason="Half of it is there.") for answer in answers]
+
+    scorer: Scorer = judge
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SCORERS, "judge", scorer)
+        example = replace(example_for("exact"), scorer="judge")
+        scores = score_answers(example, ["one", "two"], Resources(judge="a client"))
+    assert seen == [("x", ["one", "two"], "a client")]
+    assert [s.extracted for s in scores] == ["one", "two"]
+
+
+def test_a_faulty_truth_is_an_error_of_the_example() -> None:
+    with pytest.raises(ValueError, match=r"this scorer needs 'number'"):
+        score_answers(replace(example_for("count"), truth={}), ["3"])
 
 
 # ---- extraction ---------------------------------------------------------------------------------------------------
@@ -241,11 +309,6 @@ def test_times_in_other_units_are_seconds(text: str, times: list[float]) -> None
 )
 def test_a_word_is_found_where_words_have_no_spaces_between(said: str, wanted: str, value: float) -> None:
     assert score("contains", said, {"answer": wanted}) == value
-
-
-def test_the_last_number_is_there_for_those_who_ask_for_it() -> None:
-    assert last_number("2 and 3 make 5.") == 5.0
-    assert last_number("<think>2</think> none") is None
 
 
 @pytest.mark.parametrize(

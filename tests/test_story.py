@@ -14,6 +14,7 @@ from qvl.model.qwen3vl import new_model
 from qvl.parallel.data_parallel import World as Ranks
 from qvl.parallel.data_parallel import join_world, leave_world
 from qvl.parallel.launch import run_ranks
+from qvl.prompt.example import Example
 from qvl.prompt.processor import Processor
 from qvl.recipes.made_stream import MadeStream, of_repeats, of_text, of_world
 from qvl.recipes.quickstart import run
@@ -34,7 +35,6 @@ from qvl.worlds import clips, digits, needle, shapes
 from qvl.worlds.labels import patch_labels
 from qvl.worlds.paint import SHAPES
 from qvl.worlds.shapes import NAMES, Thing
-from qvl.worlds.world import Example
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 SQUARE = Thing(colour="blue", shape="square", texture="filled", x=250, y=500, side=500)

@@ -12,13 +12,14 @@ from PIL import Image as Raster
 from scipy.stats import chisquare
 
 from qvl.prompt.coordinates import Box, read_boxes
+from qvl.prompt.example import Example
 from qvl.prompt.message import Image, Text, Video
 from qvl.prompt.video import frames_video
 from qvl.scoring.registry import score
 from qvl.worlds import clips, glyphs, needle, paint, shapes, text
 from qvl.worlds.catalogue import WORLDS, world
 from qvl.worlds.scans import _all_scans, scans
-from qvl.worlds.world import Example, Plan, Split, World, best_constant, blind, combinations, enlarged
+from qvl.worlds.world import Plan, Split, World, best_constant, blind, combinations, enlarged
 
 SPLITS: tuple[Split, ...] = ("train", "calibration", "heldout", "novel")
 ALL = {name: world(name) for name in WORLDS}

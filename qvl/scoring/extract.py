@@ -58,13 +58,6 @@ def short_answer(text: str) -> str | None:
     return only(said) if said else final
 
 
-def last_number(text: str) -> float | None:
-    """The last number in the text, as many kits read it. Where a list of guesses must not pay, use `one_number`."""
-    final = final_text(text)
-    numbers = numbers_in(final) if final is not None else []
-    return numbers[-1] if numbers else None
-
-
 def one_number(text: str) -> float | None:
     """The number of the short answer; None when it holds none, or two that differ."""
     short = short_answer(text)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from qvl.prompt.coordinates import SCALE, Box, Boxes, Point, read_boxes
+from qvl.prompt.coordinates import SCALE, Box, Boxes, Place, Point, read_boxes, to_json
 from qvl.scoring.extract import final_text, normalised
 from qvl.scoring.truth import Truth, needed, numbers
 
@@ -49,7 +49,7 @@ def boxes_f1(answer: str, truth: Truth) -> float:
     if found is None:
         return 0.0
     if not rights:
-        return float(not len(found) and not found.problems and (final_text(answer) or "").strip("`json\n ") == "[]")
+        return float(_says_none(answer, found))
     sound = [item for item in found if isinstance(item, Box) and is_sound(item)][:MOST]
     if not sound:
         return 0.0
@@ -79,6 +79,42 @@ def point_in_box(answer: str, truth: Truth) -> float:
     return float(max(x1, 0) <= x <= min(x2, SCALE) and max(y1, 0) <= y <= min(y2, SCALE))
 
 
+# ---- what these read, for people -----------------------------------------------------------------------------------
+
+
+def read_box(answer: str, truth: Truth) -> str | None:
+    found = _places(answer)
+    if found is None or found.problems or not all(isinstance(item, Box) and is_sound(item) for item in found):
+        return None
+    return _only(found)
+
+
+def read_point(answer: str, truth: Truth) -> str | None:
+    found = _places(answer)
+    if found is None or found.problems or not all(isinstance(item, Point) for item in found):
+        return None
+    return _only(found)
+
+
+def read_list(answer: str, truth: Truth) -> str | None:
+    """The sound boxes, at most MOST of them; `[]` where the answer says that there are none."""
+    found = _places(answer)
+    sound = [] if found is None else [item for item in found if isinstance(item, Box) and is_sound(item)][:MOST]
+    return _written(sound) if sound or _says_none(answer, found) else None
+
+
+def _only(found: Boxes) -> str | None:
+    distinct = {item.numbers for item in found}
+    return _written(list(found)[:1]) if len(distinct) == 1 else None
+
+
+def _written(items: Sequence[Place]) -> str:
+    return to_json(Boxes(items=tuple(items), space="relative1000"))
+
+
+# ---- helpers ------------------------------------------------------------------------------------------------------
+
+
 def is_sound(box: Box) -> bool:
     """Left before right, top before bottom, all within the picture."""
     return 0 <= box.x1 < box.x2 <= SCALE and 0 <= box.y1 < box.y2 <= SCALE
@@ -87,6 +123,11 @@ def is_sound(box: Box) -> bool:
 def _places(answer: str) -> Boxes | None:
     final = final_text(answer)
     return None if final is None else read_boxes(final)
+
+
+def _says_none(answer: str, found: Boxes | None) -> bool:
+    is_empty = found is not None and not len(found) and not found.problems
+    return is_empty and (final_text(answer) or "").strip("`json\n ") == "[]"
 
 
 def _right_box(truth: Truth) -> tuple[float, ...]:

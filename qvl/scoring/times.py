@@ -54,6 +54,20 @@ def temporal_iou(answer: str, truth: Truth) -> float:
     return shared / (span[1] - span[0] + end - start - shared)
 
 
+def read_time(answer: str, truth: Truth) -> str | None:
+    """The one time `temporal` reads."""
+    said = short_answer(answer)
+    times = set(times_in(said)) if said is not None else set()
+    return f"{times.pop():.15g} seconds" if len(times) == 1 else None
+
+
+def read_span(answer: str, truth: Truth) -> str | None:
+    """The one span `temporal_iou` reads."""
+    said = short_answer(answer)
+    span = one_span(said) if said is not None else None
+    return None if span is None or span[0] >= span[1] else f"{span[0]:.15g} to {span[1]:.15g} seconds"
+
+
 def one_span(text: str) -> tuple[float, float] | None:
     """The start and end that a text names; None unless it names exactly two times, or the same two again."""
     times = times_in(_from_json(text) or text)

@@ -63,6 +63,28 @@ def count(answer: str, truth: Truth) -> float:
     return float(one_number(answer) == right)
 
 
+# ---- what these read, for people -----------------------------------------------------------------------------------
+
+
+def read_short(answer: str, truth: Truth) -> str | None:
+    return short_answer(answer)
+
+
+def read_final(answer: str, truth: Truth) -> str | None:
+    return final_text(answer)
+
+
+def read_choice(answer: str, truth: Truth) -> str | None:
+    return choice_letter(answer, list(needed(truth, "letters")), list(truth.get("options", ())))
+
+
+def read_number(answer: str, truth: Truth) -> str | None:
+    said = one_number(answer)
+    return None if said is None or not math.isfinite(said) else f"{said:.15g}"
+
+
+# ---- helpers ------------------------------------------------------------------------------------------------------
+
 _UNSPACED = r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"
 _SPACED = r"[^\W\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"
 """Kana and Chinese characters; letters and digits of all other scripts."""

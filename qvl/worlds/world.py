@@ -12,6 +12,7 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image as Raster
 
+from qvl.prompt.example import Example
 from qvl.prompt.message import ContentPart, Image, Message, Text, Video, assistant, user
 
 Split = Literal["train", "calibration", "heldout", "novel"]
@@ -24,21 +25,6 @@ SHARES: Mapping[str, frozenset[int]] = {
     "heldout": frozenset({7}),
 }
 """Which remainders of a scene's checksum belong to a split: no scene can be in two."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Example:
-    """One question about one piece of evidence. The user's last part is the question; all before it is the evidence."""
-
-    id: str
-    category: str
-    messages: tuple[Message, ...]
-    answer: str
-    truth: Mapping[str, Any]
-    """What the scorer of that name needs, and facts about the scene."""
-    scorer: str
-    facts: Any = None
-    """The plan's: what is shown, for exact labels of its parts."""
 
 
 @dataclass(frozen=True, kw_only=True)

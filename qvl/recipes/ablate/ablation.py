@@ -12,12 +12,13 @@ from qvl.engine.generate import generate
 from qvl.engine.sampling import Sampling
 from qvl.model.pack import pack
 from qvl.model.qwen3vl import Qwen3VL
+from qvl.prompt.example import Example
 from qvl.prompt.processor import Processor
 from qvl.recipes.ablate.arm import Arm, sample_of
 from qvl.recipes.made_stream import Maker
-from qvl.scoring.registry import score
+from qvl.scoring.registry import score_answers
 from qvl.train.loss import linear_cross_entropy, targets
-from qvl.worlds.world import Example, World
+from qvl.worlds.world import World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,7 @@ def answers_right(world: World, count: int, *, max_tokens: int = 12) -> Probe:
             end_tokens=frozenset({tokenizer.control_id("<|im_end|>")}),
             text_stream=lambda: tokenizer.stream(skip_special=True),
         )
-        return sum(score(e.scorer, a.text, e.truth) for e, a in zip(examples, answers, strict=True)) / count
+        return sum(score_answers(e, [a.text])[0].value for e, a in zip(examples, answers, strict=True)) / count
 
     return Probe(measure=measure, unit="mean score", without_looking=lambda: world.prior.score)
 

@@ -6,10 +6,11 @@ from qvl.engine.generate import generate
 from qvl.engine.sampling import Sampling
 from qvl.eval.parity import their_answers
 from qvl.model.qwen3vl import Qwen3VL
+from qvl.prompt.example import Example
 from qvl.prompt.message import Image, Message, Text, Video
 from qvl.prompt.processor import Processor
 from qvl.recipes.quickstart.story import HELD_OUT_SEED, Pupil, Story
-from qvl.worlds.world import Example, World
+from qvl.worlds.world import World
 
 
 def same_answers(

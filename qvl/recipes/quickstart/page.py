@@ -9,13 +9,14 @@ from PIL import ImageDraw
 
 from qvl.core.log import read_jsonl
 from qvl.prompt.coordinates import Box, Boxes, read_boxes
+from qvl.prompt.example import Example
 from qvl.prompt.message import Image, Video
 from qvl.recipes.quickstart.story import HELD_OUT_SEED, Pupil, Skill, Story, answers
-from qvl.scoring.registry import score
+from qvl.scoring.registry import score_answers
 from qvl.show.curves import Line, Plot
 from qvl.show.draw import PALETTE
 from qvl.show.page import Html, figure, page, section, table, tag, text
-from qvl.worlds.world import Example, World
+from qvl.worlds.world import World
 
 RIGHT, SAID = PALETTE[2], PALETTE[0]
 EACH = 4
@@ -132,7 +133,7 @@ def card(example: Example, answer: str | None, name: str) -> Html:
     shown = picture_of(example, answer)
     if answer is None:
         return figure(shown, f"{question}", alt=question)
-    got = score(example.scorer, answer, example.truth)
+    got = score_answers(example, [answer])[0].value
     verdict = tag("span", f"{answer} ", class_="right" if got >= 0.5 else "wrong")
     beside = "" if got == 1 else f"(right: {example.answer}; score {got:.2f})"
     return tag("figure", figure(shown, alt=question), tag("figcaption", text(question), verdict, beside))

@@ -19,18 +19,19 @@ from qvl.engine.generate import generate
 from qvl.engine.sampling import Sampling
 from qvl.model.qwen3vl import Qwen3VL
 from qvl.parallel.data_parallel import World as Ranks
+from qvl.prompt.example import Example
 from qvl.prompt.processor import Processor
 from qvl.prompt.tokenizer import Tokenizer
 from qvl.recipes.made_stream import ALONE, Assemble, MadeStream, Maker, num_tokens, packed
 from qvl.recipes.quickstart.checkpoint import write_checkpoint
-from qvl.scoring.registry import score
+from qvl.scoring.registry import score_answers
 from qvl.train.loop import LoopConfig, StepReport, Watcher, fit
 from qvl.train.objective import Objective
 from qvl.train.optimizer import OptimizerConfig
 from qvl.train.parameters import Rates
 from qvl.train.schedule import Schedule
 from qvl.worlds.needle import Hay
-from qvl.worlds.world import Example, Split, World, blind
+from qvl.worlds.world import Split, World, blind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +254,7 @@ class Story:
         """Over all examples; each rank answers its share."""
         mine = examples[self.ranks.rank :: self.ranks.size]
         said = answers(pupil.model, pupil.processor, mine)
-        total = sum(score(e.scorer, text, e.truth) for e, text in zip(mine, said, strict=True))
+        total = sum(score_answers(e, [text])[0].value for e, text in zip(mine, said, strict=True))
         return self.ranks.sum(total) / len(examples)
 
     def note(self, skill: Skill) -> None:
