@@ -21,9 +21,10 @@ from qvl.model.qwen3vl import Qwen3VL, new_model
 from qvl.model.vision import normalise
 from qvl.parallel.data_parallel import World, total_norm
 from qvl.train.blocks import blocks_as_told
-from qvl.train.loss import CHUNK_BYTES, linear_cross_entropy
+from qvl.train.loss import linear_cross_entropy
 from qvl.train.objective import NextToken
 from qvl.train.optimizer import Optimizer, OptimizerConfig
+from qvl.train.row_loss import CHUNK_BYTES
 
 PACK_TOKENS, LONGEST, SAMPLES, ROWS_PADDED = 4096, 1024, 10, 4
 VOCABULARY, WIDTH = 151_936, 128

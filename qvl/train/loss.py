@@ -1,4 +1,4 @@
-"""How much each token weighs, and a cross-entropy that never holds all logits."""
+"""How much each token weighs, and the cross-entropy of the tokens that are trained."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,12 +9,10 @@ from torch import Tensor
 
 from qvl.core.batch import Batch
 from qvl.train.liger import liger_cross_entropy
+from qvl.train.row_loss import CHUNK_BYTES, row_loss
 
 Denominator = Literal["weights", "samples"]
 LossKernel = Literal["ours", "liger"]
-CHUNK_BYTES = 256 * 2**20
-CACHE_BYTES = 4 * 2**20
-"""Of fp32 logits that are worked on at once on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +26,10 @@ class Targets:
     """fp32 n_i^-p, n_i the supervised tokens of the sample."""
     sequence_R: Tensor
     """Which sequence of the pack it belongs to."""
+    advantage_R: Tensor | None = None
+    """fp32, of the answer that the token is part of; of reinforcement learning alone."""
+    old_logp_R: Tensor | None = None
+    """fp32 log-probability that the sampling policy gave the token."""
 
     @property
     def total_weight(self) -> float:
@@ -42,8 +44,8 @@ class Targets:
         return self.total_weight if kind == "weights" else float(self.num_samples)
 
     def to(self, device: torch.device | str) -> "Targets":
-        moved = (x.to(device, non_blocking=True) for x in (self.row_R, self.label_R, self.weight_R, self.sequence_R))
-        return Targets(*moved)
+        moved = [x if x is None else x.to(device, non_blocking=True) for x in vars(self).values()]
+        return Targets(*moved)  # type: ignore[arg-type]
 
 
 def targets(batch: Batch, *, power: float) -> Targets:
@@ -71,78 +73,15 @@ def targets(batch: Batch, *, power: float) -> Targets:
 def linear_cross_entropy(
     hidden_RD: Tensor, head_VD: Tensor, label_R: Tensor, weight_R: Tensor, *, chunk_bytes: int = CHUNK_BYTES
 ) -> tuple[Tensor, Tensor]:
-    """(sum_r weight_r * nll_r, nll_R without gradient), nll the cross-entropy of hidden @ head.T in fp32.
+    """(sum_r weight_r * nll_r, nll_R without gradient), a chunk of logits at a time."""
 
-    Gradients are made chunk by chunk in the forward pass, so beside the gradients themselves only one chunk of logits (`chunk_bytes`)
-    ever exists: 0.25 GiB where 256K tokens of a 151,936 vocabulary would be 159 GB in fp32.
-    """
-    loss, nll_R = _LinearCrossEntropy.apply(hidden_RD, head_VD, label_R, weight_R, chunk_bytes)  # type: ignore[misc]
-    return loss, nll_R
+    def weighted(nll: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        return nll * weight_R[rows], weight_R[rows]
+
+    return row_loss(hidden_RD, head_VD, label_R, weighted, chunk_bytes=chunk_bytes)
 
 
 LOSS_KERNELS: dict[LossKernel, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "ours": linear_cross_entropy,
     "liger": liger_cross_entropy,
 }
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden_RD, head_VD, label_R, weight_R, chunk_bytes):
-        rows = max(1, chunk_bytes // (head_VD.element_size() * head_VD.shape[0]))
-        needs_hidden, needs_head = ctx.needs_input_grad[:2]
-        wide = torch.promote_types(head_VD.dtype, torch.float32)
-        dhidden_RD = torch.empty_like(hidden_RD) if needs_hidden else None
-        dhead_VD: Tensor | None = None
-        nll_R = torch.empty_like(weight_R, dtype=wide)
-        for low in range(0, hidden_RD.shape[0], rows):
-            part = slice(low, low + rows)
-            logits = hidden_RD[part] @ head_VD.T
-            nll_R[part] = _softmax_in_place(logits, label_R[part], weight_R[part], wide, chunk_bytes)
-            if dhidden_RD is not None:
-                dhidden_RD[part] = logits @ head_VD
-            if needs_head:
-                dhead_VD = _add_product(dhead_VD, logits.T, hidden_RD[part], wide)
-            del logits  # or the next chunk is made while this one is held
-        if needs_head and dhead_VD is None:  # no rows
-            dhead_VD = torch.zeros_like(head_VD)
-        ctx.save_for_backward(dhidden_RD, None if dhead_VD is None else dhead_VD.to(head_VD.dtype))
-        ctx.mark_non_differentiable(nll_R)
-        return (nll_R * weight_R).sum(), nll_R
-
-    @staticmethod
-    def backward(ctx, *grads):
-        dhidden_RD, dhead_VD = ctx.saved_tensors
-        # In place, which spares a second copy; torch refuses a second backward pass over the same graph.
-        scaled = (None if g is None else g.mul_(grads[0].to(g.dtype)) for g in (dhidden_RD, dhead_VD))
-        return (*scaled, None, None, None)
-
-
-def _add_product(total: Tensor | None, a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
-    """total + a @ b. From the second chunk on in fp32, because bf16 would round the sum once a chunk."""
-    if total is None:
-        return a @ b
-    if total.dtype != wide:
-        total = total.to(wide)
-    return total.addmm_(a, b) if a.dtype == wide else total.add_(a @ b)
-
-
-def _softmax_in_place(logits: Tensor, label: Tensor, weight: Tensor, wide: torch.dtype, chunk_bytes: int) -> Tensor:
-    """Turn the logits of one chunk into the gradient of its weighted loss; returns each row's -log softmax at its label.
-
-    A few rows at a time, so that on a CPU they stay in cache from the matmul's dtype to fp32 and back: 3.6 times as fast as whole
-    passes over 440 rows of 151,936 (one thread).
-    """
-    num_bytes = CACHE_BYTES if logits.device.type == "cpu" else chunk_bytes // 4
-    nlls = []
-    for few, label_few, weight_few in zip(
-        *(x.split(max(1, num_bytes // (4 * logits.shape[1]))) for x in (logits, label, weight)), strict=True
-    ):
-        value = few.to(wide)
-        highest, right = value.amax(dim=-1), value.gather(1, label_few[:, None])[:, 0]
-        probability = value.softmax(dim=-1)
-        # The highest probability is 1 / sum(exp(x - highest)) and at least 1 / V, so its log is safe where the label's would not be.
-        nlls.append(highest - probability.amax(dim=-1).log() - right)
-        probability.mul_(weight_few[:, None]).scatter_add_(1, label_few[:, None], -weight_few[:, None].to(wide))
-        few.copy_(probability)
-    return torch.cat(nlls)
