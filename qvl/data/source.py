@@ -15,7 +15,7 @@ from qvl.data.plan import Item, Lengths
 from qvl.data.quarantine import Failure
 from qvl.data.record import KINDS
 from qvl.data.sample import materialise
-from qvl.data.shard import content_digest, read_entry, read_members
+from qvl.data.shard import content_digest, entry_of, read_members
 from qvl.data.store import Store, shards_of
 from qvl.outside.workers import Decoder
 from qvl.prompt.processor import Processor
@@ -67,7 +67,7 @@ class Source:
         members = read_members(data, where)
         if int.from_bytes(content_digest(members), "big") != int(shard.digest_S[row]):
             raise ValueError(f"{where}: the bytes changed since the index was built.")
-        entry = read_entry(data, where)
+        entry = entry_of(members, where)
         made = fit(entry.record, processor, budget.tokens, budget.patches, item.piece)
         if made.fate == "whole" and made.sample.num_tokens != int(shard.text_S[row]) + int(shard.visual_S[row]):
             raise ValueError(f"{where}: the record has another length than its index says; build the index again.")
