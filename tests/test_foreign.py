@@ -2,7 +2,7 @@
 
 import pytest
 
-from qvl.prompt.foreign import differences, render_foreign
+from qvl.prompt.foreign import render_foreign
 from qvl.prompt.jinja import RenderLimits, run_template
 from qvl.prompt.message import Image, ToolCall, Video, assistant, system, tool, user
 from qvl.prompt.template import STYLES, PlainText, VisualSlot, Written, jinja_template, render, rendered_text
@@ -96,10 +96,3 @@ def test_a_hostile_template_is_stopped(template, sentence):
         run_template(
             template, {"messages": [{"content": "a" * 200}]}, limits=RenderLimits(seconds=1, output_chars=100_000)
         )
-
-
-def test_a_folders_template_can_be_compared_with_the_native_one():
-    talk = [[user("q")], [user("q"), assistant("a"), user("r")]]
-    assert differences(jinja_template("instruct"), "instruct", talk) == []
-    theirs, ours = "<|im_start|>user\nq<|im_end|>", "<|im_start|>user\nq<|im_end|>\n"
-    assert differences(CHATML.replace("<|im_end|>\n", "<|im_end|>"), "instruct", talk)[0] == (0, theirs, ours)

@@ -31,11 +31,11 @@ from transformers import (
 from qvl.commands.init import Init, run
 from qvl.core.batch import Sample
 from qvl.model import vision as vision_module
-from qvl.model.config import preset, read_config
+from qvl.model.config import preset, read_config, spread_levels
 from qvl.model.pack import pack
 from qvl.model.qwen3vl import Qwen3VL
 from qvl.model.siglip import lift_patches, resize_table
-from qvl.model.start import spread_levels, start, start_config
+from qvl.model.start import start, start_config
 from qvl.model.vision import PatchPlaces, interpolate_table, patch_places
 from qvl.model.weights import load
 from tests.golden import redraw
@@ -248,6 +248,15 @@ def test_deepstack_levels_of_the_published_depths_and_of_others() -> None:
     assert spread_levels(3) == (0, 1, 2)
     with pytest.raises(ValueError, match="2 vision blocks cannot give three DeepStack levels"):
         spread_levels(2)
+
+
+@pytest.mark.parametrize("depth", range(4, 33))
+def test_deepstack_levels_rise_within_the_tower_at_every_depth(depth: int) -> None:
+    levels = spread_levels(depth)
+    assert 0 <= levels[0] < levels[1] < levels[2] < depth
+    if depth != 27:
+        quarters = [depth * quarter / 4 for quarter in (1, 2, 3)]
+        assert all(quarter <= level + 1 < quarter + 1 for level, quarter in zip(levels, quarters, strict=True))
 
 
 def test_the_config_takes_text_from_the_text_folder_and_sizes_from_the_vision_folder(folders: Path) -> None:

@@ -296,3 +296,12 @@ def test_the_style_is_read_from_the_template(style):
     assert detect_style(jinja_template(style)) == style
     assert detect_style(jinja_template(style).replace("# Tools", "# tools")) is None
     assert detect_style("{{ messages[0].content }}") is None
+
+
+@pytest.mark.parametrize("style", ["instruct", "thinking"])
+def test_the_messages_at_the_given_places_are_the_targets(style) -> None:
+    talk = [user("a"), assistant("no"), user("<|im_start|>assistant\n"), assistant("yes"), assistant("more")]
+    segments = render(talk, style=style, targets=frozenset({3}))
+    learned = "".join(segment.text for segment in segments if segment.is_target)
+    assert learned == "yes<|im_end|>"
+    assert rendered_text(segments) == rendered_text(render(talk, style=style))

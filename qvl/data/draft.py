@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from qvl.core.batch import Sample
-from qvl.data.messages import MediaName, Page, conversation, document_segments, untrained_turns
+from qvl.data.messages import MediaName, Page, conversation, document_segments, trained_messages
 from qvl.data.record import Record
 from qvl.prompt.budget import ImageBudget, smart_resize
 from qvl.prompt.document import page_target
@@ -15,7 +15,7 @@ from qvl.prompt.message import Image, Video
 from qvl.prompt.placeholder import MERGED_PATCHES, build_sample, encode, expand_slots, tokens_of_rows, truncate
 from qvl.prompt.processor import Processor, image_budget_for, video_sampling_for
 from qvl.prompt.sampling import VideoMeta, VideoSampling, sample_indices, video_size
-from qvl.prompt.template import Segment, VisualSlot, Written
+from qvl.prompt.template import Segment, VisualSlot
 from qvl.prompt.video import slice_seconds
 from qvl.prompt.visual import FRAMES, PATCH, Visual
 
@@ -87,19 +87,12 @@ def _fits(draft: Draft, max_tokens: int, max_patches: int) -> bool:
 def _segments(record: Record, processor: Processor) -> list[Segment]:
     if record.kind == "pretrain":
         return document_segments(record)
-    segments = processor.render(
+    return processor.render(
         conversation(record),
         tools=record.tools or None,
         add_generation_prompt=False,
-        targets="all" if record.kind == "sft" else "none",
+        targets=trained_messages(record) if record.kind == "sft" else "none",
     )
-    if skipped := untrained_turns(record):
-        turn = -1
-        for i, segment in enumerate(segments):
-            turn += isinstance(segment, Written) and segment.text.startswith("<|im_start|>assistant\n")
-            if turn in skipped:
-                segments[i] = replace(segment, is_target=False)
-    return segments
 
 
 def _draft(record: Record, segments: Sequence[Segment], processor: Processor) -> Draft:

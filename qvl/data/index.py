@@ -11,7 +11,7 @@ import numpy as np
 
 from qvl.data.draft import draft
 from qvl.data.record import KINDS, record_to_json
-from qvl.data.shard import INDEX_SUFFIX, content_digest, extents, read_entry, read_members
+from qvl.data.shard import INDEX_SUFFIX, content_digest, entry_of, extents, read_members
 from qvl.data.store import Store
 from qvl.prompt.processor import Processor
 
@@ -124,8 +124,8 @@ def build_index(
 
 
 def _costs(data: bytes, where: str, processor: Processor, names: dict[tuple[str, str, str], int]) -> dict[str, Any]:
-    entry, members = read_entry(data, where), read_members(data, where)
-    record = entry.record
+    members = read_members(data, where)
+    record = entry_of(members, where).record
     nameless = replace(record, id="", source="", category="", license="", lang="", extra={})
     made = draft(record, processor)
     grid_I3 = made.sample.grid_I3

@@ -45,10 +45,11 @@ def document_segments(record: Record) -> list[Segment]:
     return [*(s for s in segments if s.text), Written("<|endoftext|>", is_target=True)]
 
 
-def untrained_turns(record: Record) -> set[int]:
-    """Which assistant turns (counted from 0) have weight 0."""
-    turns = [message for message in record.messages if message["role"] == "assistant"]
-    return {i for i, message in enumerate(turns) if message.get("weight", 1) == 0}
+def trained_messages(record: Record) -> frozenset[int]:
+    """Places, from 0, of the assistant's messages whose weight is not 0."""
+    return frozenset(
+        i for i, message in enumerate(record.messages) if message["role"] == "assistant" and message.get("weight", 1)
+    )
 
 
 def _message(record: Record, message: Mapping[str, Any], where: str) -> Message:

@@ -11,7 +11,6 @@ from qvl.core.config import near_miss
 Kind = Literal["pretrain", "sft", "rl", "pref"]
 KINDS: tuple[str, ...] = get_args(Kind)
 TimeStyle = Literal["seconds", "hms"]
-MEDIA_BLOCKS = ("image", "video", "document")
 BLOCK_KEYS: dict[str, set[str]] = {
     "text": {"text"},
     "image": {"image", "min_tokens", "max_tokens"},

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import BinaryIO, Self
 
 from qvl.data.record import Medium, Record, read_record, record_to_json
 
@@ -159,18 +159,22 @@ def extents(stream: BinaryIO, where: str) -> Iterator[Extent]:
 
 def read_entry(data: bytes, where: str, *, wanted: bool = True) -> Entry:
     """The record whose bytes these are. `wanted=False` leaves the media out."""
-    members = read_members(data, where)
+    return entry_of(read_members(data, where), where, wanted=wanted)
+
+
+def entry_of(members: Mapping[str, bytes], where: str, *, wanted: bool = True) -> Entry:
+    """As `read_entry`, of members that are read already."""
     if "json" not in members:
         raise ValueError(f"{where} has no .json member; every record needs one.")
-    record = read_record(members.pop("json"), where)
+    record = read_record(members["json"], where)
     if not wanted:
         return Entry(record=record, media={})
     if lacking := sorted(set(record.media) - set(members)):
         raise ValueError(f"{where} lacks its media {', '.join(lacking)}.")
-    return Entry(record=record, media=members)
+    return Entry(record=record, media={name: data for name, data in members.items() if name != "json"})
 
 
-def read_members(data: bytes, where: str) -> dict[str, Any]:
+def read_members(data: bytes, where: str) -> dict[str, bytes]:
     """Name after the key -> bytes."""
     members: dict[str, bytes] = {}
     try:

@@ -15,7 +15,7 @@ from qvl.data.plan import Item, Lengths
 from qvl.data.quarantine import Failure
 from qvl.data.record import KINDS
 from qvl.data.sample import materialise
-from qvl.data.shard import Entry, content_digest, read_entry, read_members
+from qvl.data.shard import Entry, content_digest, entry_of, read_members
 from qvl.data.store import Store, shards_of
 from qvl.outside.workers import Decoder
 from qvl.prompt.processor import Processor
@@ -78,7 +78,7 @@ class Source:
         members = read_members(data, where)
         if int.from_bytes(content_digest(members), "big") != int(shard.digest_S[row]):
             raise ValueError(f"{where}: the bytes changed since the index was built.")
-        return read_entry(data, where)
+        return entry_of(members, where)
 
 
 def open_source(config: SourceConfig, mark: str, store: Store) -> Source:

@@ -415,8 +415,6 @@ def _size(
     )
     if sum(section) * 2 != head_dim:
         raise ValueError(f"no default MRoPE section for head_dim {head_dim}.")
-    # Evenly spread levels, as published: 24 blocks -> 5, 11, 17 and 27 blocks -> 8, 16, 24.
-    levels = {27: (8, 16, 24), 24: (5, 11, 17)}.get(depth, tuple(round(depth * q / 4) - 1 for q in (1, 2, 3)))
     return ModelConfig(
         text=TextConfig(
             vocab_size=151936,
@@ -449,7 +447,7 @@ def _size(
             intermediate_size=vision_mlp,
             out_hidden_size=hidden,
             num_position_embeddings=2304,
-            deepstack_visual_indexes=levels,
+            deepstack_visual_indexes=spread_levels(depth),
             initializer_range=0.02,
         ),
         tie_word_embeddings=tied,
@@ -461,6 +459,22 @@ def _size(
 
 
 _LARGE, _SO400M = (24, 1024, 4096, 16), (27, 1152, 4304, 16)
+
+
+def spread_levels(depth: int) -> tuple[int, int, int]:
+    """The vision blocks whose output goes to the first three decoder layers.
+
+    The report does not say which. The two published towers follow no common rule: 24 blocks take the ends of their first three quarters
+    (5, 11, 17), 27 take 8, 16, 24. Any other depth takes the ends of its quarters too.
+    """
+    if depth < 3:
+        raise ValueError(f"{depth} vision blocks cannot give three DeepStack levels; name the blocks (deepstack).")
+    if depth == 27:
+        return 8, 16, 24
+    first, second, third = (-(-depth * quarter // 4) - 1 for quarter in (1, 2, 3))
+    return first, second, third
+
+
 _PRESETS = {
     "2B": _size(hidden=2048, mlp=6144, layers=28, heads=16, kv_heads=8, tied=True, vision=_LARGE),
     "4B": _size(hidden=2560, mlp=9728, layers=36, heads=32, kv_heads=8, tied=True, vision=_LARGE),

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from qvl.model.config import ModelConfig, TextConfig, VisionConfig, read_config
+from qvl.model.config import ModelConfig, TextConfig, VisionConfig, read_config, spread_levels
 from qvl.model.merger import Merger
 from qvl.model.qwen3vl import Qwen3VL, empty_model
 from qvl.model.siglip import Tower, fill_tower
@@ -92,20 +92,6 @@ def start_config(
         tie_word_embeddings=text.tie_word_embeddings,
         **(token_ids or visual_token_ids(text_folder)),
     )
-
-
-def spread_levels(depth: int) -> tuple[int, int, int]:
-    """The vision blocks whose output goes to the first three decoder layers.
-
-    The report does not say which. The two published towers follow no common rule: 24 blocks take the ends of their first three quarters
-    (5, 11, 17), 27 take 8, 16, 24. Any other depth takes the ends of its quarters too.
-    """
-    if depth < 3:
-        raise ValueError(f"{depth} vision blocks cannot give three DeepStack levels; name the blocks (deepstack).")
-    if depth == 27:
-        return 8, 16, 24
-    first, second, third = (-(-depth * quarter // 4) - 1 for quarter in (1, 2, 3))
-    return first, second, third
 
 
 def visual_token_ids(text_folder: Path | str) -> dict[str, int]:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from qvl.prompt.jinja import RenderLimits, hf_json, run_template
 from qvl.prompt.message import Document, Image, Message, Video
-from qvl.prompt.template import PlainText, Segment, VisualSlot, Written, render, rendered_text, template_dicts
+from qvl.prompt.template import PlainText, Segment, VisualSlot, Written, rendered_text, template_dicts
 
 
 def render_foreign(
@@ -44,19 +44,6 @@ def render_foreign(
             "be told from the user's; choose template 'instruct' or 'thinking', or give thoughts as reasoning_content."
         )
     return _place_media(segments, messages)
-
-
-def differences(
-    template: str, style: Any, conversations: Sequence[Sequence[Message]], **options: Any
-) -> list[tuple[int, str, str]]:
-    """Where a folder's template, run in the sandbox, and the native one differ: (conversation, theirs, ours)."""
-    found = []
-    for index, messages in enumerate(conversations):
-        theirs = run_template(template, {"messages": template_dicts(messages), **options})
-        ours = rendered_text(render(messages, style=style, strict=False, split_thinking=True, **options))
-        if theirs != ours:
-            found.append((index, theirs, ours))
-    return found
 
 
 # ---- marks --------------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from qvl.prompt.message import MEDIA, Document, Image, Message, Text, Video
 
 Style = Literal["instruct", "thinking"]
 STYLES: tuple[str, ...] = get_args(Style)
-Targets = Literal["all", "last", "none"]
+Targets = Literal["all", "last", "none"] | frozenset[int]
+"""Whose tokens are trained: every assistant turn, those after the last question, none, or the messages at these places, from 0."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ def render(
     `split_thinking` reads an assistant's words "thought</think>answer" as a thought and an answer, as the published
     Thinking template does with histories that come as raw text. It is off by default because it lets text decide about
     structure: typed `Thinking` parts need no such guess.
-    `targets` says whose tokens are marked for training: every assistant turn ("all") or those after the last question
-    ("last").
+    `targets` says whose tokens are marked for training: every assistant turn ("all"), those after the last question
+    ("last"), or the assistant's messages at the places of a set.
     """
     if style not in STYLES:
         raise ValueError(f"The template style is {style!r}; it must be one of {', '.join(STYLES)}.")
@@ -202,7 +203,7 @@ class _Writer:
 
     def write_assistant(self, index: int) -> None:
         message = self.messages[index]
-        target = self.targets == "all" or (self.targets == "last" and index > self.last_query)
+        target = self.is_trained(index)
         if self.is_thinking:
             opening, said, follows = self.thinking_turn(index)
         else:
@@ -222,6 +223,11 @@ class _Writer:
         self.add(*(replace(segment, is_target=target and not isinstance(segment, VisualSlot)) for segment in said))
         # The end of turn is learned, the line break after it is not: the engine stops before it.
         self.add(Written("<|im_end|>", target), Written("\n"))
+
+    def is_trained(self, index: int) -> bool:
+        if isinstance(self.targets, frozenset):
+            return index in self.targets
+        return self.targets == "all" or (self.targets == "last" and index > self.last_query)
 
     def thinking_turn(self, index: int) -> tuple[str, list[Segment], bool]:
         """(what the generation prompt writes, what the assistant said, whether a line break comes before a call)."""
