@@ -124,9 +124,10 @@ class OurStep:
         self.optimizer = Optimizer(self.objective, OptimizerConfig(lr=LR), self.world)
 
     def __call__(self) -> float:
-        denominator = sum(self.objective.measure(p) for p in self.packs)
+        prepared = [self.objective.prepare(pack) for pack in self.packs]
+        denominator = sum(one.denominator for one in prepared)
         loss = 0.0
-        for one in self.packs:
+        for one in prepared:
             outcome = self.objective(one, denominator, self.world)
             outcome.loss.backward()
             self.optimizer.gather()

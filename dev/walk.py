@@ -113,7 +113,8 @@ def row_and_pixel(model: Path, work: Path) -> tuple[Walk, Walk]:
     loader.next_step()
     with walking() as pixel:
         (micro,) = loader.next_step()
-        objective(micro, objective.measure(micro), World(0, 1, torch.device("cpu")))
+        prepared = objective.prepare(micro)
+        objective(prepared, prepared.denominator, World(0, 1, torch.device("cpu")))
     loader.close()
     return row, pixel
 

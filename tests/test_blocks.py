@@ -24,7 +24,8 @@ def gradients(model: Qwen3VL, told: dict[str, bool]) -> tuple[list[float], dict[
     """Losses, gradients, and the bytes that autograd keeps between forward and backward outside of checkpointed blocks."""
     objective = NextToken(model).train()
     micros = Drawn(model.config, 2).next_step()
-    total = sum(objective.measure(m) for m in micros)
+    prepared = [objective.prepare(micro) for micro in micros]
+    total = sum(one.denominator for one in prepared)
     kept: list[int] = []
 
     def note(x: Tensor) -> Tensor:
@@ -34,9 +35,9 @@ def gradients(model: Qwen3VL, told: dict[str, bool]) -> tuple[list[float], dict[
     losses = []
     torch.manual_seed(5)
     with blocks_as_told(model, **told):
-        for micro in micros:
+        for one in prepared:
             with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-                loss = objective(micro, total, ALONE).loss
+                loss = objective(one, total, ALONE).loss
             loss.backward()
             losses.append(float(loss.detach()))
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -84,9 +85,10 @@ def test_router_statistics_are_counted_once_though_layers_run_twice() -> None:
         layer.register_forward_pre_hook(lambda *_, number=number: runs.update([f"layer {number}"]))
     objective = NextToken(model)
     [micro] = Drawn(model.config, 1).next_step()
-    plain = objective(micro, objective.measure(micro), ALONE)
+    prepared = objective.prepare(micro)
+    plain = objective(prepared, prepared.denominator, ALONE)
     with blocks_as_told(model, **DECODER):
-        outcome = objective(micro, objective.measure(micro), ALONE)
+        outcome = objective(prepared, prepared.denominator, ALONE)
         outcome.loss.backward()
     assert runs == {"layer 0": 3, "layer 1": 3, "layer 2": 3}  # plain, checkpointed, once more in the backward
     assert outcome.sums == plain.sums
@@ -139,7 +141,8 @@ def test_compiled_blocks_give_the_same_losses_and_are_compiled_once_for_all_leng
         for count in range(1, 9):  # packs of 1 to 8 samples and pictures: no two have equal lengths
             g = torch.Generator().manual_seed(count)
             batch = pack([sample(g, 5 + i, picture=True) for i in range(count)], model.config)
-            objective(Pack(batch, ("x",) * count, ("x",) * count), 1.0, ALONE).loss.backward()
+            micro = Pack(batch, ("x",) * count, ("x",) * count)
+            objective(objective.prepare(micro), 1.0, ALONE).loss.backward()
             graphs.append(counters["stats"]["unique_graphs"])
     # A length that equals some width by chance may cost one more graph; then every length has one.
     assert graphs[-1] == graphs[3], graphs

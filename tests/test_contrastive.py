@@ -46,14 +46,15 @@ def test_the_loss_is_the_formula_pair_by_pair_and_equal_captions_are_all_right()
     objective = tiny()
     pack = captioned(drawn_pictures(5, seed=3), [0, 1, 2, 1, 4])
     with torch.no_grad():
-        outcome = objective(pack, objective.measure(pack), ALONE)
+        prepared = objective.prepare(pack)
+        outcome = objective(prepared, prepared.denominator, ALONE)
         images, texts = objective.embed_pictures(pack.batch), objective.embed_captions(pack.caption_ST)
     total = 0.0
     for i in range(5):
         for j in range(5):
             z = 1 if i == j or {i, j} == {1, 3} else -1
             total += math.log1p(math.exp(-z * (10 * float(images[i] @ texts[j]) - 10)))
-    assert objective.measure(pack) == 5
+    assert objective.prepare(pack).denominator == 5
     assert float(outcome.loss) == pytest.approx(total / 5, rel=1e-5)
     assert outcome.sums["loss"] == (pytest.approx(total, rel=1e-5), 5)
     assert outcome.sums["loss/a"][1] + outcome.sums["loss/b"][1] == 5
@@ -108,7 +109,7 @@ def test_from_a_siglip_folder_vectors_and_loss_are_transformers_but_for_the_rota
     )
     with torch.no_grad():
         expected = theirs(input_ids=token_ST, pixel_values=rasters, return_loss=True)
-        outcome = objective(pack, 4.0, ALONE)
+        outcome = objective(objective.prepare(pack), 4.0, ALONE)
         assert (objective.embed_pictures(pack.batch) - expected.image_embeds).abs().max() <= 1e-5
         assert (objective.embed_captions(token_ST) - expected.text_embeds).abs().max() <= 1e-5
     assert float(outcome.loss) == pytest.approx(float(expected.loss), rel=1e-5)
@@ -128,9 +129,9 @@ def test_packs_of_one_step_do_not_see_each_other() -> None:
     pictures = drawn_pictures(4, seed=5)
     halves = [captioned(pictures[:2], [0, 1]), captioned(pictures[2:], [2, 3])]
     with torch.no_grad():
-        whole = float(objective(captioned(pictures, [0, 1, 2, 3]), 4.0, ALONE).loss)
-        apart = sum(float(objective(half, 4.0, ALONE).loss) for half in halves)
-        alone = sum(float(objective(half, 2.0, ALONE).loss) for half in halves) / 2
+        whole = float(objective(objective.prepare(captioned(pictures, [0, 1, 2, 3])), 4.0, ALONE).loss)
+        apart = sum(float(objective(objective.prepare(half), 4.0, ALONE).loss) for half in halves)
+        alone = sum(float(objective(objective.prepare(half), 2.0, ALONE).loss) for half in halves) / 2
     assert apart == pytest.approx(alone)
     assert apart < whole
 
@@ -301,7 +302,7 @@ def test_packs_without_one_caption_a_still_picture_are_refused() -> None:
 
 def test_other_packs_and_towers_are_refused() -> None:
     with pytest.raises(ValueError, match="a Pack came; the vision pre-stage learns from CaptionPack"):
-        tiny().measure(Drawn(small()).next_step()[0])
+        tiny().prepare(Drawn(small()).next_step()[0])
     with pytest.raises(ValueError, match="the text tower ends in 16 numbers and the pool in 32"):
         new_contrastive(model(), text_config(16))
     with pytest.raises(ValueError, match="this model is text-only"):

@@ -71,11 +71,12 @@ def loss_and_gradients(model: Qwen3VL, packs: Sequence[Sequence[Sample]]) -> tup
     micros = [
         Pack(pack(list(part), model.config), tuple("abcdefgh"[: len(part)]), ("x",) * len(part)) for part in packs
     ]
-    total = sum(objective.measure(micro) for micro in micros)
+    prepared = [objective.prepare(micro) for micro in micros]
+    total = sum(one.denominator for one in prepared)
     model.zero_grad()
     loss = 0.0
-    for micro in micros:
-        outcome = objective(micro, total, ALONE)
+    for one in prepared:
+        outcome = objective(one, total, ALONE)
         outcome.loss.backward()
         loss += float(outcome.loss.detach())
     return loss, {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}

@@ -137,7 +137,8 @@ def test_dense_labels_train_the_tower_and_nothing_behind_it(pupil: Pupil) -> Non
     objective = Dense(model, colours=len(NAMES), shapes=len(SHAPES))
     freeze(model, V0_RATES)
     pack = dense_pack(pupil, shapes.count(64))
-    outcome = objective(pack, objective.measure(pack), ALONE)
+    prepared = objective.prepare(pack)
+    outcome = objective(prepared, prepared.denominator, ALONE)
     outcome.loss.backward()
     assert all(p.grad is not None and p.grad.any() for p in model.visual.blocks.parameters())
     assert all(p.grad is not None and p.grad.any() for p in objective.merger.parameters())
@@ -264,7 +265,7 @@ def test_a_text_pack_is_no_dense_pack(pupil: Pupil) -> None:
     objective = Dense(pupil.model, colours=6, shapes=4)
     stream = MadeStream({"p": (of_text(pupil.prose_T, 16, seed=0), 1.0)}, pupil.model.config, samples=2, seed=0)
     with pytest.raises(ValueError, match="a MadePack came; dense labels learn from DensePack"):
-        objective.measure(stream.next_step()[0])
+        objective.prepare(stream.next_step()[0])
     stream.close()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from qvl.core.batch import Batch, Sample
 from qvl.core.log import read_jsonl
@@ -16,7 +17,7 @@ from qvl.model.lora import LoraConfig, add_adapter
 from qvl.model.pack import pack
 from qvl.model.qwen3vl import Qwen3VL, new_model
 from qvl.parallel.data_parallel import World
-from qvl.train.checkpoint import newest
+from qvl.train.checkpoint import FROZEN, newest, read_run
 from qvl.train.guard import SpikeGuard
 from qvl.train.loop import LoopConfig, fit
 from qvl.train.objective import NextToken
@@ -141,9 +142,10 @@ def test_the_gradient_does_not_depend_on_how_samples_are_dealt_into_packs() -> N
         objective = NextToken(model)
         micros = Drawn(model.config, packs).next_step()
         micros = [replace(m, batch=replace(m.batch, patch_PX=_double(m.batch.patch_PX))) for m in micros]
-        total = sum(objective.measure(m) for m in micros)
-        for micro in micros:
-            objective(micro, total, ALONE).loss.backward()
+        prepared = [objective.prepare(micro) for micro in micros]
+        total = sum(one.denominator for one in prepared)
+        for one in prepared:
+            objective(one, total, ALONE).loss.backward()
         return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
     one, two, four = gradients(1), gradients(2), gradients(4)
@@ -400,3 +402,53 @@ def test_ranks_that_find_other_checkpoints_do_not_start(tmp_path: Path, monkeypa
         ValueError, match=r"rank 0 finds step 0 in .*, other ranks another; give a folder that all hosts share"
     ):
         trained(tmp_path, new_model(small()), settings(1))
+
+
+class Taught(NextToken):
+    """Next-token prediction with a teacher beside it, which only looks on."""
+
+    def __init__(self, model: Qwen3VL, teacher: Qwen3VL) -> None:
+        super().__init__(model)
+        self.teacher, self.helpers = teacher, ("teacher",)
+
+
+def test_a_frozen_helper_is_neither_trained_nor_saved_nor_asked_for_at_a_resume(tmp_path: Path) -> None:
+    objective = Taught(new_model(small()), new_model(small(), seed=9))
+    before = {name: p.detach().clone() for name, p in objective.teacher.named_parameters()}
+    config = LoopConfig(steps=4, optimizer=OptimizerConfig(lr=1e-3), checkpoint_every=2)
+    fit(objective, Drawn(small()), config, tmp_path, ALONE, stop_after=2)
+    saved = newest(tmp_path)
+    assert saved is not None and not any(name.startswith("teacher.") for name in (*saved.weights, *saved.optimizer))
+    again = Taught(new_model(small(), seed=5), objective.teacher)
+    assert fit(again, Drawn(small()), config, tmp_path, ALONE) == 4
+    assert not again.teacher.training
+    assert all(torch.equal(p, before[name]) for name, p in again.teacher.named_parameters())
+
+
+def test_what_is_frozen_is_written_once(tmp_path: Path) -> None:
+    rates = Rates(vision=0.0, mergers=0.0)
+    config = LoopConfig(steps=4, optimizer=OptimizerConfig(lr=1e-3, rates=rates), checkpoint_every=1, keep=4)
+    model = new_model(small())
+    fit(NextToken(model), Drawn(small()), config, tmp_path, ALONE, stop_after=2)
+    frozen = tmp_path / FROZEN
+    written = frozen.stat().st_mtime_ns
+    held = load_file(tmp_path / "step-00000001" / "weights.safetensors")
+    assert held and not any(".visual." in name for name in held)
+    assert all(".visual." in name for name in load_file(frozen))
+    other = new_model(small(), seed=5)
+    fit(NextToken(other), Drawn(small()), config, tmp_path, ALONE)
+    assert frozen.stat().st_mtime_ns == written
+    assert all(torch.equal(a, b) for a, b in zip(other.visual.parameters(), model.visual.parameters(), strict=True)), (
+        "the frozen rest came back"
+    )
+
+
+def test_frozen_weights_that_were_altered_are_not_taken(tmp_path: Path) -> None:
+    config = LoopConfig(steps=1, optimizer=OptimizerConfig(lr=1e-3, rates=Rates(vision=0.0, mergers=0.0)))
+    fit(NextToken(new_model(small())), Drawn(small()), config, tmp_path, ALONE)
+    data = bytearray((tmp_path / FROZEN).read_bytes())
+    data[-1] ^= 1
+    (tmp_path / FROZEN).write_bytes(data)
+    with pytest.raises(ValueError, match=r"frozen\.safetensors differs from the manifest of step-00000001"):
+        read_run(tmp_path / "step-00000001")
+    assert newest(tmp_path) is None

@@ -201,7 +201,8 @@ def test_ligers_loss_and_gradients_are_ours(dtype: torch.dtype) -> None:
         model = new_model(replace(small(), text=replace(small().text, vocab_size=8192)), dtype=dtype, device="cuda")
         objective = NextToken(model, loss_kernel=kernel)
         [micro] = Drawn(model.config, 1).next_step()
-        loss = objective(micro, objective.measure(micro), ALONE).loss
+        prepared = objective.prepare(micro)
+        loss = objective(prepared, prepared.denominator, ALONE).loss
         loss.backward()
         found.append((loss.detach(), model.head_weight.grad))
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2

@@ -147,7 +147,8 @@ class TextGuard:
 
     def _sums(self, micro: MicroBatch) -> tuple[float, float]:
         """(summed loss, targets) of a pack."""
-        return self.objective(micro, 1.0, self.world).sums["loss"]
+        total, count = self.objective(self.objective.prepare(micro), 1.0, self.world).sums["loss"]
+        return float(total), count
 
     # ---- telling
 

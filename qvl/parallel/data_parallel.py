@@ -79,8 +79,8 @@ def leave_world(code: int = 0) -> None:
     os._exit(code)
 
 
-def shard(model: Qwen3VL, root: nn.Module, world: World) -> None:
-    """Shard every block of `model`, then `root`, the module whose forward is called. A lone rank stays as it is; replicas get rank 0's
+def shard(models: Sequence[Qwen3VL], root: nn.Module, world: World) -> None:
+    """Shard every block of the models, then `root`, the module whose forward is called. A lone rank stays as it is; replicas get rank 0's
     weights.
 
     Gradients are summed in fp32, not averaged: the loss already has the global denominator.
@@ -93,9 +93,11 @@ def shard(model: Qwen3VL, root: nn.Module, world: World) -> None:
         return
     mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    blocks: list[nn.Module] = list(model.language_model.layers)
-    if model.config.vision is not None:
-        blocks += [*model.visual.blocks, model.visual.merger, *model.visual.deepstack_merger_list]
+    blocks: list[nn.Module] = []
+    for model in models:
+        blocks += model.language_model.layers
+        if model.config.vision is not None:
+            blocks += [*model.visual.blocks, model.visual.merger, *model.visual.deepstack_merger_list]
     units = [fully_shard(block, mesh=mesh, mp_policy=policy) for block in blocks]
     units.append(fully_shard(root, mesh=mesh, mp_policy=policy))
     for unit in units:

@@ -1,10 +1,10 @@
-"""A run on disk: written aside, renamed, listed in a manifest; the newest whole one is found after any kill."""
+"""A run on disk: what is trained at each checkpoint, what is frozen once; the newest whole one is found after any kill."""
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from qvl.parallel.data_parallel import World, whole
 from qvl.train.optimizer import Optimizer
 
 PREFIX = "step-"
+FROZEN = "frozen.safetensors"
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,28 @@ class Saved:
 
 
 def save_run(
-    folder: Path, step: int, model: nn.Module, optimizer: Optimizer, state: dict[str, Any], world: World, *, keep: int
-) -> None:
-    """Write `folder/step-N` and drop all but the newest `keep`. Every rank must call this; rank 0 writes."""
-    weights = _on_rank_0(((n, p.detach()) for n, p in model.named_parameters()), world)
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    state: dict[str, Any],
+    world: World,
+    *,
+    keep: int,
+    helpers: Sequence[str] = (),
+    frozen: str | None = None,
+) -> str | None:
+    """Write `folder/step-N`, what is trained and its moments, and drop all but the newest `keep`. Every rank must call this; rank 0 writes.
+
+    What is frozen never changes, so it is written once, to `folder/frozen.safetensors`: a run of LoRA on 8B would write 17 GB of it each
+    time. Modules in `helpers` are not saved. Returns that file's digest, which the run's next call gives as `frozen`.
+    """
+    own = {name: p.detach() for name, p in _own(model, helpers).items()}
+    trained = {name for name, p in _own(model, helpers).items() if p.requires_grad}
+    weights = _on_rank_0(((n, p) for n, p in own.items() if n in trained), world)
     moments = _on_rank_0(optimizer.state().items(), world)
+    if frozen is None:
+        frozen = _save_frozen(folder, {n: p for n, p in own.items() if n not in trained}, world)
     if world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         final = folder / f"{PREFIX}{step:08d}"
@@ -51,7 +69,8 @@ def save_run(
         save_tensors(moments, aside / "optimizer.safetensors")
         (aside / "state.json").write_text(json.dumps(state), encoding="utf-8")
         digests = {path.name: _digest(path) for path in sorted(aside.iterdir())}
-        (aside / "manifest.json").write_text(json.dumps({"step": step, "sha256": digests}), encoding="utf-8")
+        manifest = {"step": step, "sha256": digests} | ({} if frozen is None else {"frozen": frozen})
+        (aside / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
         for path in aside.iterdir():
             _sync(path)
         shutil.rmtree(final, ignore_errors=True)
@@ -61,6 +80,45 @@ def save_run(
         for old in sorted(p for p in folder.glob(f"{PREFIX}*") if p.name <= final.name)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
     world.barrier()
+    return frozen
+
+
+def _own(model: nn.Module, helpers: Sequence[str]) -> dict[str, nn.Parameter]:
+    """The parameters that are the run's own."""
+    inside = tuple(f"{name}." for name in helpers)
+    return {name: p for name, p in model.named_parameters() if not (inside and name.startswith(inside))}
+
+
+def _save_frozen(folder: Path, frozen: dict[str, Tensor], world: World) -> str | None:
+    """The digest of the file that holds them, written unless a checkpoint of this run vouches for it; None where nothing is frozen."""
+    if not frozen:
+        return None
+    digest = _vouched(folder) if world.rank == 0 else None
+    if world.sum(float(world.rank == 0 and digest is None)) == 0:
+        return digest
+    tensors = _on_rank_0(frozen.items(), world)
+    if world.rank > 0:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / f".{FROZEN}.partial"
+    save_tensors(tensors, aside)
+    _sync(aside)
+    digest = _digest(aside)
+    os.rename(aside, folder / FROZEN)
+    _sync(folder)
+    return digest
+
+
+def _vouched(folder: Path) -> str | None:
+    """The digest of the frozen weights by the newest checkpoint that names one."""
+    for path in sorted(folder.glob(f"{PREFIX}*"), reverse=True):
+        try:
+            digest = json.loads((path / "manifest.json").read_text(encoding="utf-8")).get("frozen")
+        except (OSError, ValueError, AttributeError):
+            continue
+        if digest is not None and (folder / FROZEN).is_file():
+            return digest if _digest(folder / FROZEN) == digest else None
+    return None
 
 
 def _on_rank_0(tensors: Iterable[tuple[str, Tensor]], world: World) -> dict[str, Tensor]:
@@ -90,9 +148,14 @@ def read_run(path: Path) -> Saved:
         for name, digest in manifest["sha256"].items():
             if _digest(path / name) != digest:
                 raise ValueError(f"{path / name} differs from its manifest; the checkpoint is not whole.")
+        frozen: dict[str, Tensor] = {}
+        if manifest.get("frozen"):
+            if _digest(path.parent / FROZEN) != manifest["frozen"]:
+                raise ValueError(f"{path.parent / FROZEN} differs from the manifest of {path.name}; it is not whole.")
+            frozen = load_file(path.parent / FROZEN)
         return Saved(
             step=manifest["step"],
-            weights=load_file(path / "weights.safetensors"),
+            weights=frozen | load_file(path / "weights.safetensors"),
             optimizer=load_file(path / "optimizer.safetensors"),
             state=json.loads((path / "state.json").read_text(encoding="utf-8")),
         )
@@ -101,9 +164,9 @@ def read_run(path: Path) -> Saved:
 
 
 @torch.no_grad()
-def restore_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Into a model with the same parameters, sharded or not."""
-    own = dict(model.named_parameters())
+def restore_weights(model: nn.Module, weights: dict[str, Tensor], *, helpers: Sequence[str] = ()) -> None:
+    """Into a model with the same parameters, sharded or not; its `helpers` stay as they are."""
+    own = _own(model, helpers)
     if set(own) != set(weights):
         odd = sorted(set(own) ^ set(weights))
         raise ValueError(

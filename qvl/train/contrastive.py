@@ -20,7 +20,7 @@ from qvl.model.qwen3vl import Qwen3VL
 from qvl.model.siglip import Tower
 from qvl.model.siglip_text import TextTower, TextTowerConfig, load_text_tower, new_text_tower
 from qvl.parallel.data_parallel import World
-from qvl.train.objective import Micro, Outcome
+from qvl.train.objective import Micro, Outcome, Prepared, by_category
 from qvl.train.parameters import Rates
 
 V0_RATES = Rates(mergers=0.0, language=0.0)
@@ -94,11 +94,13 @@ class Contrastive(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor([math.log(scale)], **place))
         self.bias = nn.Parameter(torch.tensor([bias], **place))
 
-    def measure(self, micro: Micro) -> float:
-        return float(len(_captioned(micro).caption_ST))
+    helpers: tuple[str, ...] = ()
 
-    def forward(self, micro: Micro, denominator: float, world: World) -> Outcome:
-        pack = _captioned(micro)
+    def prepare(self, micro: Micro) -> Prepared:
+        return Prepared(micro, float(len(_captioned(micro).caption_ST)))
+
+    def forward(self, prepared: Prepared, denominator: float, world: World) -> Outcome:
+        pack = _captioned(prepared.micro)
         image_IC = self.embed_pictures(pack.batch)
         device = image_IC.device
         caption_id_I = pack.caption_id_S.to(device)
@@ -108,10 +110,10 @@ class Contrastive(nn.Module):
         is_right_IS = caption_id_I[:, None] == caption_id_S[None, :]
         nll_I = pair_losses(score_IS * self.log_scale.float().exp() + self.bias.float(), is_right_IS)
         hit_I = is_right_IS.gather(1, score_IS.argmax(1, keepdim=True))[:, 0]
-        sums = _by_category(nll_I.detach().cpu(), pack.categories)
-        sums["retrieval"] = (float(hit_I.sum()), float(len(hit_I)))
-        sums["scale"] = (float(self.log_scale.detach().exp()), 1.0)
-        sums["bias"] = (float(self.bias.detach()), 1.0)
+        sums = by_category(nll_I, torch.arange(len(nll_I)), pack.categories)
+        sums["retrieval"] = (hit_I.sum(), float(len(hit_I)))
+        sums["scale"] = (self.log_scale.detach().exp()[0], 1.0)
+        sums["bias"] = (self.bias.detach()[0].clone(), 1.0)  # sharded, the parameter is freed before it is read
         return Outcome(nll_I.sum() / denominator, sums, self._flops(pack))
 
     def _flops(self, pack: CaptionPack) -> int:
@@ -252,12 +254,3 @@ def _captioned(micro: Micro) -> CaptionPack:
     if not isinstance(micro, CaptionPack):
         raise ValueError(f"a {type(micro).__name__} came; the vision pre-stage learns from CaptionPack.")
     return micro
-
-
-def _by_category(nll_I: Tensor, categories: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """Mean loss a picture: over all, and for each category."""
-    sums: dict[str, tuple[float, float]] = {"loss": (float(nll_I.double().sum()), float(len(nll_I)))}
-    for name in sorted(set(categories)):
-        is_here = torch.tensor([category == name for category in categories])
-        sums[f"loss/{name}"] = (float(nll_I[is_here].double().sum()), float(is_here.sum()))
-    return sums

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from qvl.core.log import JsonlWriter, log, read_jsonl
+from qvl.model.qwen3vl import Qwen3VL
 from qvl.parallel.data_parallel import World, shard, sum_over_replicas, total_norm
 from qvl.train.blocks import blocks_as_told
-from qvl.train.checkpoint import newest, restore_optimizer, restore_weights, save_run
+from qvl.train.checkpoint import Saved, newest, restore_optimizer, restore_weights, save_run
 from qvl.train.guard import SpikeGuard
 from qvl.train.metrics import averages, memory_bytes, peak_flops, work
-from qvl.train.objective import Micro, Objective
+from qvl.train.objective import Micro, Objective, Outcome, Prepared
 from qvl.train.optimizer import Optimizer, OptimizerConfig
 from qvl.train.parameters import freeze
 from qvl.train.schedule import Schedule
@@ -126,96 +127,186 @@ def _fit(
 ) -> int:
     assert isinstance(objective, nn.Module)
     freeze(objective.model, config.optimizer.rates)
-    shard(objective.model, objective, world)
+    for name in objective.helpers:
+        objective.get_submodule(name).requires_grad_(False)
+    shard([objective.model, *_helper_models(objective)], objective, world)
     optimizer = Optimizer(objective, config.optimizer, world)
-    guard = SpikeGuard(sigmas=config.spike_sigmas)
-    kept = _settings(config, settings)
-    first = _resume(out, objective, optimizer, stream, guard, kept, world)
-    rows = _log(out, first) if world.rank == 0 else None
+    run = _Run(objective, stream, optimizer, config, out, world, settings=_settings(config, settings))
+    run.resume()
+    rows = _log(out, run.step) if world.rank == 0 else None
     last = min(config.steps, stop_after or config.steps)
-    went_back, went_to = 0, first
-    peak = config.peak_flops or peak_flops(world.device)
     objective.train()
-    step = first
-    while step < last:
-        began = time.perf_counter()
-        micros = stream.next_step()
-        loaded = time.perf_counter()
-        denominator = world.sum(sum(objective.measure(m) for m in micros))
-        if not micros:  # on all ranks alike
-            save_run(out, step, objective, optimizer, _state(stream, guard, kept), world, keep=config.keep)
-            raise ValueError(
-                f"the data is over after {step} of {config.steps} steps, and the run is saved in {out}; give it {step} steps, or let its "
-                "sources repeat (max_epochs)."
-            )
-        if denominator <= 0:
-            raise ValueError(
-                f"step {step} has no target in any pack; check the roles and masks of its samples: {_ids(micros)[:5]}."
-            )
-        outcomes = []
-        torch.manual_seed(hash((config.seed, step, world.rank)))
-        for micro in micros:
-            outcome = objective(micro, denominator, world)
-            outcome.loss.backward()
-            optimizer.gather()
-            outcomes.append(outcome)
-        sum_over_replicas(optimizer.masters.values(), world)
-        values = averages(outcomes, world)
-        gradients = optimizer.gradients()
-        norm = float(total_norm(gradients))
-        skipped = guard.refuses(values["loss"], norm)
-        factor = config.schedule.at(step, config.steps)
-        if skipped is None:
-            if norm > config.clip_norm:
-                for gradient in gradients:
-                    gradient.mul_(config.clip_norm / norm)
-            optimizer.step(factor)
-        else:
-            optimizer.clear()
-            _note_skip(out, world, step, skipped, micros)
-        step += 1
-        seconds = time.perf_counter() - began
-        values |= {
-            "grad_norm": norm,
-            "lr": config.optimizer.lr * factor,
-            **work(micros, seconds, config.pack_tokens, world),
-            "seconds": seconds,
-            "wait_for_data": (loaded - began) / seconds,
-            "memory_gb": memory_bytes(world.device) / 1e9,
-        }
-        if peak is not None and all(outcome.flops for outcome in outcomes):
-            values["mfu"] = sum(outcome.flops for outcome in outcomes) / seconds / peak
+    for name in objective.helpers:
+        objective.get_submodule(name).eval()
+    while run.step < last:
+        values, skipped = run.take_step()
         if rows is not None:
-            rows.write({"step": step, **values, **({"skipped": skipped} if skipped else {})})
-        if guard.in_a_row >= 3:
-            if went_back == 3:
-                raise ValueError(
-                    f"the run went back to the checkpoint of step {went_to} three times and steps are still refused ({skipped}); look at "
-                    "the samples in skipped*.jsonl, lower the rate, or raise spike_sigmas."
-                )
-            log.warning("three steps in a row were refused; going back to the newest checkpoint")
-            step = went_to = _roll_back(out, objective, optimizer, stream, guard, step)
-            went_back += 1
+            rows.write({"step": run.step, **values, **({"skipped": skipped} if skipped else {})})
+        if skipped is not None and run.guard.in_a_row >= 3:
+            run.go_back(skipped)
             continue
         # Not in the middle of trouble, nor saved there: a roll-back must find weights from before it.
-        is_stopped = world.sum(float(should_stop())) > 0 and guard.in_a_row == 0
-        is_due = step == last or is_stopped or (config.checkpoint_every > 0 and step % config.checkpoint_every == 0)
-        is_saved = step == config.steps or (is_due and guard.in_a_row == 0)
+        is_stopped = world.sum(float(should_stop())) > 0 and run.guard.in_a_row == 0
+        is_due = run.step == last or is_stopped or _is_every(config.checkpoint_every, run.step)
+        is_saved = run.step == config.steps or (is_due and run.guard.in_a_row == 0)
         if is_saved:
-            save_run(out, step, objective, optimizer, _state(stream, guard, kept), world, keep=config.keep)
-            went_back = 0
+            run.save()
         for watcher in watchers:
-            values = values | dict(watcher(StepReport(step, config.steps, values, skipped, is_saved)) or {})
+            values = values | dict(watcher(StepReport(run.step, config.steps, values, skipped, is_saved)) or {})
         if is_stopped:
             break
     if rows is not None:
         rows.close()
     objective.eval()
-    return step
+    return run.step
 
 
-def _state(stream: Stream, guard: SpikeGuard, settings: dict[str, Any]) -> dict[str, Any]:
-    return {"stream": stream.state(), "guard": guard.state(), "settings": settings}
+def _is_every(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _helper_models(objective: Objective) -> list[Qwen3VL]:
+    assert isinstance(objective, nn.Module)
+    found = (objective.get_submodule(name) for name in objective.helpers)
+    return [module for module in found if isinstance(module, Qwen3VL)]
+
+
+class _Run:
+    """What a run is made of between two steps, and the three things that happen to it: a step, a way back, a save."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        stream: Stream,
+        optimizer: Optimizer,
+        config: LoopConfig,
+        out: Path,
+        world: World,
+        *,
+        settings: dict[str, Any],
+    ) -> None:
+        self.objective, self.stream, self.optimizer = objective, stream, optimizer
+        self.config, self.out, self.world, self.settings = config, out, world, settings
+        self.guard = SpikeGuard(sigmas=config.spike_sigmas)
+        self.step = 0
+        self._went_back, self._went_to = 0, 0
+        self._frozen: str | None = None
+        """The digest of the frozen weights' file, once they are known to be there."""
+        self._peak = config.peak_flops or peak_flops(world.device)
+
+    def take_step(self) -> tuple[dict[str, float], str | None]:
+        """One update, or its refusal: (the line of the log, why it was not taken)."""
+        began = time.perf_counter()
+        micros = self.stream.next_step()
+        loaded = time.perf_counter()
+        prepared = [self.objective.prepare(micro) for micro in micros]
+        denominator = self.world.sum(sum(one.denominator for one in prepared))
+        self._check_data(micros, denominator)
+        outcomes = self._gradients(prepared, denominator)
+        values = averages(outcomes, self.world)
+        norm = float(total_norm(self.optimizer.gradients()))
+        skipped = self.guard.refuses(values["loss"], norm)
+        factor = self.config.schedule.at(self.step, self.config.steps)
+        self._update(norm, factor, skipped, micros)
+        self.step += 1
+        seconds = time.perf_counter() - began
+        values |= {
+            "grad_norm": norm,
+            "lr": self.config.optimizer.lr * factor,
+            **work(micros, seconds, self.config.pack_tokens, self.world),
+            "seconds": seconds,
+            "wait_for_data": (loaded - began) / seconds,
+            "memory_gb": memory_bytes(self.world.device) / 1e9,
+        }
+        if self._peak is not None and all(outcome.flops for outcome in outcomes):
+            values["mfu"] = sum(outcome.flops for outcome in outcomes) / seconds / self._peak
+        return values, skipped
+
+    def _check_data(self, micros: Sequence[Micro], denominator: float) -> None:
+        if not micros:  # on all ranks alike
+            self.save()
+            raise ValueError(
+                f"the data is over after {self.step} of {self.config.steps} steps, and the run is saved in {self.out}; give it "
+                f"{self.step} steps, or let its sources repeat (max_epochs)."
+            )
+        if denominator <= 0:
+            raise ValueError(
+                f"step {self.step} has no target in any pack; check the roles and masks of its samples: {_ids(micros)[:5]}."
+            )
+
+    def _gradients(self, prepared: Sequence[Prepared], denominator: float) -> list[Outcome]:
+        """Forward and backward over the step's packs; the gradients of all ranks lie in the masters."""
+        outcomes = []
+        torch.manual_seed(hash((self.config.seed, self.step, self.world.rank)))
+        for one in prepared:
+            outcome = self.objective(one, denominator, self.world)
+            outcome.loss.backward()
+            self.optimizer.gather()
+            outcomes.append(outcome)
+        sum_over_replicas(self.optimizer.masters.values(), self.world)
+        return outcomes
+
+    def _update(self, norm: float, factor: float, skipped: str | None, micros: Sequence[Micro]) -> None:
+        if skipped is not None:
+            self.optimizer.clear()
+            _note_skip(self.out, self.world, self.step, skipped, micros)
+            return
+        if norm > self.config.clip_norm:
+            for gradient in self.optimizer.gradients():
+                gradient.mul_(self.config.clip_norm / norm)
+        self.optimizer.step(factor)
+
+    def save(self) -> None:
+        state = {"stream": self.stream.state(), "guard": self.guard.state(), "settings": self.settings}
+        assert isinstance(self.objective, nn.Module)
+        self._frozen = save_run(
+            self.out,
+            self.step,
+            self.objective,
+            self.optimizer,
+            state,
+            self.world,
+            keep=self.config.keep,
+            helpers=self.objective.helpers,
+            frozen=self._frozen,
+        )
+        self._went_back = 0
+
+    def resume(self) -> None:
+        """Goes on from the newest checkpoint, where there is one."""
+        saved = newest(self.out)
+        _check_alike(0 if saved is None else saved.step, self.out, self.world)
+        if saved is None:
+            return
+        _check_settings(saved.state["settings"], self.settings, self.out)
+        self._restore(saved)
+        self.stream.restore(saved.state["stream"])
+        self._went_to = saved.step
+        log.info("resumed from step %d in %s", saved.step, self.out)
+
+    def go_back(self, reason: str) -> None:
+        """Weights and optimizer of the newest checkpoint, but the data goes on: the packs that broke the run are not met again."""
+        if self._went_back == 3:
+            raise ValueError(
+                f"the run went back to the checkpoint of step {self._went_to} three times and steps are still refused ({reason}); look at "
+                "the samples in skipped*.jsonl, lower the rate, or raise spike_sigmas."
+            )
+        log.warning("three steps in a row were refused; going back to the newest checkpoint")
+        saved = newest(self.out)
+        if saved is None:
+            raise ValueError(
+                f"three steps in a row were refused up to step {self.step} and there is no checkpoint to go back to; lower the rate."
+            )
+        self._restore(saved)
+        self.guard.in_a_row = 0
+        self._went_back, self._went_to = self._went_back + 1, saved.step
+
+    def _restore(self, saved: Saved) -> None:
+        assert isinstance(self.objective, nn.Module)
+        restore_weights(self.objective, saved.weights, helpers=self.objective.helpers)
+        restore_optimizer(self.optimizer, saved.optimizer)
+        self.guard.restore(saved.state["guard"])
+        self.step = saved.step
 
 
 def _settings(config: LoopConfig, others: Mapping[str, Any]) -> dict[str, Any]:
@@ -246,53 +337,12 @@ def _check_settings(before: dict[str, Any], now: dict[str, Any], out: Path) -> N
         log.warning("%s, so the learning rate follows another schedule from here", longer)
 
 
-def _resume(
-    out: Path,
-    objective: Objective,
-    optimizer: Optimizer,
-    stream: Stream,
-    guard: SpikeGuard,
-    settings: dict[str, Any],
-    world: World,
-) -> int:
-    """The step to go on from; 0 when there is no checkpoint."""
-    assert isinstance(objective, nn.Module)
-    saved = newest(out)
-    _check_alike(0 if saved is None else saved.step, out, world)
-    if saved is None:
-        return 0
-    _check_settings(saved.state["settings"], settings, out)
-    restore_weights(objective, saved.weights)
-    restore_optimizer(optimizer, saved.optimizer)
-    stream.restore(saved.state["stream"])
-    guard.restore(saved.state["guard"])
-    log.info("resumed from step %d in %s", saved.step, out)
-    return saved.step
-
-
 def _check_alike(step: int, out: Path, world: World) -> None:
     """Ranks on hosts that do not share `out` would go on from different steps, and wait for each other for ever."""
     if world.sum(step) != step * world.size:
         raise ValueError(
             f"rank {world.rank} finds step {step} in {out}, other ranks another; give a folder that all hosts share."
         )
-
-
-def _roll_back(
-    out: Path, objective: Objective, optimizer: Optimizer, stream: Stream, guard: SpikeGuard, step: int
-) -> int:
-    """Weights and optimizer of the newest checkpoint, but the data goes on: the packs that broke the run are not met again."""
-    assert isinstance(objective, nn.Module)
-    saved = newest(out)
-    if saved is None:
-        raise ValueError(
-            f"three steps in a row were refused up to step {step} and there is no checkpoint to go back to; lower the rate."
-        )
-    restore_weights(objective, saved.weights)
-    restore_optimizer(optimizer, saved.optimizer)
-    guard.restore(saved.state["guard"])
-    guard.in_a_row = 0
-    return saved.step
 
 
 def _log(out: Path, first: int) -> JsonlWriter:

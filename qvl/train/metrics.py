@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qvl.parallel.data_parallel import World
 from qvl.train.objective import Micro, Outcome
@@ -16,8 +17,8 @@ PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
 def averages(outcomes: Sequence[Outcome], world: World) -> dict[str, float]:
     """sum / count of every named quantity, over the step's packs on all ranks."""
     sums: dict[str, tuple[float, float]] = {}
-    for outcome in outcomes:
-        for name, (total, count) in outcome.sums.items():
+    for found in _on_cpu(outcomes):
+        for name, (total, count) in found.items():
             before = sums.get(name, (0.0, 0.0))
             sums[name] = (before[0] + total, before[1] + count)
     if world.size > 1:
@@ -29,6 +30,19 @@ def averages(outcomes: Sequence[Outcome], world: World) -> dict[str, float]:
                 before = sums.get(name, (0.0, 0.0))
                 sums[name] = (before[0] + total, before[1] + count)
     return {name: total / count for name, (total, count) in sorted(sums.items()) if count}
+
+
+def _on_cpu(outcomes: Sequence[Outcome]) -> list[dict[str, tuple[float, float]]]:
+    """The sums as numbers, those that lie on the device brought over in one message."""
+    kept = [total for outcome in outcomes for total, _ in outcome.sums.values() if isinstance(total, Tensor)]
+    read = iter(torch.stack([total.double() for total in kept]).tolist() if kept else ())
+    return [
+        {
+            name: (next(read) if isinstance(total, Tensor) else total, count)
+            for name, (total, count) in outcome.sums.items()
+        }
+        for outcome in outcomes
+    ]
 
 
 def work(micros: Sequence[Micro], seconds: float, pack_tokens: int | None, world: World) -> dict[str, float]:

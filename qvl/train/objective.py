@@ -1,6 +1,6 @@
 """What a run minimises. The loop knows objectives by one small interface."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,12 +29,24 @@ class Micro(Protocol):
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """A pack of a step, and what its objective found in it before the step's first forward."""
+
+    micro: Micro
+    denominator: float
+    """What the pack adds to the step's denominator, which is summed over packs and ranks."""
+    targets: Targets | None = None
+    """Of objectives that predict tokens."""
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What a forward gave. `loss` has its gradient; the rest is for the log."""
 
     loss: Tensor
-    sums: dict[str, tuple[float, float]]
-    """name -> (sum, count), added up over packs and ranks and shown as a mean."""
+    sums: dict[str, tuple[Tensor | float, float]]
+    """name -> (sum, count), added up over packs and ranks and shown as a mean. A sum that was computed on the device stays there as a
+    0-d tensor until the step's end: reading it would make each pack wait for the device."""
     flops: int = 0
     """Of this pack, forward and backward, as if no part were frozen and nothing were computed twice; 0 where nobody counts them."""
 
@@ -43,12 +55,19 @@ class Objective(Protocol):
     """A module, so that sharding finds the model inside; its forward is the only one the loop calls."""
 
     model: Qwen3VL
+    """What is trained, as far as the rates of its parts say."""
+    helpers: tuple[str, ...]
+    """Names of its modules that are frozen helpers, a teacher or a reference: sharded like the rest, neither trained nor saved."""
 
-    def measure(self, micro: Micro) -> float:
-        """What this pack adds to the denominator; summed over packs and ranks before the first backward."""
+    def prepare(self, micro: Micro) -> Prepared:
+        """Looks at a pack before the first forward of its step."""
         ...
 
-    def __call__(self, micro: Micro, denominator: float, world: World) -> Outcome: ...
+    def __call__(self, prepared: Prepared, denominator: float, world: World) -> Outcome: ...
+
+
+Forward = Callable[..., Tensor]
+"""(batch, router_out=list) -> hidden_TD: the model itself, or a stand for it that shards the layout or knows features already."""
 
 
 class NextToken(nn.Module):
@@ -62,46 +81,45 @@ class NextToken(nn.Module):
         denominator: Denominator = "weights",
         see_always: bool = False,
         loss_kernel: LossKernel = "ours",
+        forward: Forward | None = None,
     ) -> None:
-        """`see_always`: run the tower on one black patch block where a pack has no picture, weight zero, so that sharded ranks never
-        wait for each other (transformers#37186 and many more hang there)."""
+        """`forward` makes the hidden states in the model's place; None: the model does.
+
+        `see_always`: run the tower on one black patch block where a pack has no picture, weight zero, so that sharded ranks never wait for
+        each other (transformers#37186 and many more hang there).
+        """
         super().__init__()
         self.model, self.power, self.see_always = model, power, see_always
         self.kind: Denominator = denominator
         if loss_kernel == "liger":
             check_liger(model.device)
         self.cross_entropy = LOSS_KERNELS[loss_kernel]
-        self._measured: list[tuple[Micro, Targets]] = []
+        self._hidden = forward or model.__call__
+        self.helpers: tuple[str, ...] = ()
 
-    def measure(self, micro: Micro) -> float:
+    def prepare(self, micro: Micro) -> Prepared:
         aim = targets(micro.batch, power=self.power)
-        self._measured.append((micro, aim))
-        return aim.denominator(self.kind)
+        return Prepared(micro, aim.denominator(self.kind), aim)
 
-    def _targets(self, micro: Micro) -> Targets:
-        """Those that `measure` found, once; it is called for all packs of a step before the first forward."""
-        found = [aim for measured, aim in self._measured if measured is micro]
-        self._measured = [pair for pair in self._measured if pair[0] is not micro]
-        return found[0] if found else targets(micro.batch, power=self.power)
-
-    def forward(self, micro: Micro, denominator: float, world: World) -> Outcome:
-        aim = self._targets(micro)
+    def forward(self, prepared: Prepared, denominator: float, world: World) -> Outcome:
+        micro, aim = prepared.micro, prepared.targets
+        assert aim is not None
         device = self.model.head_weight.device
         batch, moved = micro.batch.to(device), aim.to(device)
         router: list[RouterStats] = []
         idle = self._black() if self.see_always and batch.patch_PX is None else None
-        hidden_TD = self.model(batch, router_out=router)
+        hidden_TD = self._hidden(batch, router_out=router)
         loss, nll_R = self.cross_entropy(
             hidden_TD[moved.row_R], self.model.head_weight, moved.label_R, moved.weight_R / denominator
         )
-        sums = _by_category(nll_R.cpu(), aim.sequence_R, micro.categories)
+        sums = by_category(nll_R, aim.sequence_R, micro.categories)
         moe = self.model.config.text.moe
         if moe is not None and router:
             balance = load_balancing_loss(router, world.sum_tensor if world.size > 1 else None)
             # The mean over packs and ranks, each by its part of the denominator, as the main loss.
-            part = aim.denominator(self.kind) / denominator
+            part = prepared.denominator / denominator
             loss = loss + moe.router_aux_loss_coef * part * balance
-            sums["balance_loss"] = (float(balance.detach()), 1.0)
+            sums["balance_loss"] = (balance.detach(), 1.0)
             sums |= _router_load(router)
         if idle is not None:
             loss = loss + idle * 0.0
@@ -121,21 +139,25 @@ class NextToken(nn.Module):
         return features.merged_MD.float().sum() + sum(level.float().sum() for level in features.deepstack)
 
 
-def _router_load(router: Sequence[RouterStats]) -> dict[str, tuple[float, float]]:
+def _router_load(router: Sequence[RouterStats]) -> dict[str, tuple[Tensor | float, float]]:
     """Tokens of the busiest expert over the mean, in all layers together and in the worst layer, and the share of experts without any."""
     load_LE = torch.stack([stats.count_E for stats in router])
     load_E, busiest_L = load_LE.sum(0), load_LE.amax(1) / load_LE.mean(1)
     return {
-        "router_max_over_mean": (float(load_E.max() / load_E.mean()), 1.0),
-        "router_worst_layer": (float(busiest_L.max()), 1.0),
-        "router_idle": (float((load_LE == 0).float().mean()), 1.0),
+        "router_max_over_mean": (load_E.max() / load_E.mean(), 1.0),
+        "router_worst_layer": (busiest_L.max(), 1.0),
+        "router_idle": ((load_LE == 0).float().mean(), 1.0),
     }
 
 
-def _by_category(nll_R: Tensor, sequence_R: Tensor, categories: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """Mean loss a token: over all, and for each category."""
-    sums: dict[str, tuple[float, float]] = {"loss": (float(nll_R.double().sum()), float(nll_R.numel()))}
+def by_category(
+    nll_R: Tensor, sequence_R: Tensor, categories: Sequence[str]
+) -> dict[str, tuple[Tensor | float, float]]:
+    """Mean loss a token: over all, and for each category. Which rows are whose is known on the CPU, so that nothing waits."""
+    nll_R = nll_R.detach().double()
+    sums: dict[str, tuple[Tensor | float, float]] = {"loss": (nll_R.sum(), float(nll_R.numel()))}
     for name in sorted(set(categories)):
         is_here = torch.tensor([c == name for c in categories])[sequence_R]
-        sums[f"loss/{name}"] = (float(nll_R[is_here].double().sum()), float(is_here.sum()))
+        place = torch.where(is_here)[0].to(nll_R.device, non_blocking=True)
+        sums[f"loss/{name}"] = (nll_R[place].sum(), float(len(place)))
     return sums

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from qvl.core.batch import Batch
 from qvl.model.qwen3vl import Qwen3VL
 from qvl.parallel.data_parallel import World
-from qvl.train.objective import Micro, Outcome
+from qvl.train.objective import Micro, Outcome, Prepared
 
 BINS = 100
 """Stretches of the picture. A box edge is told as the two neighbours it lies between, with the share of each (distribution focal loss,
@@ -106,19 +106,23 @@ class Dense(nn.Module):
         directions = 2 * F.normalize(torch.cat(list(rows.values())), dim=-1)
         self.register_buffer("directions", directions, persistent=False)
 
-    def measure(self, micro: Micro) -> float:
-        return float(len(_labelled(micro).labels.thing_P))
+    helpers: tuple[str, ...] = ()
 
-    def forward(self, micro: Micro, denominator: float, world: World) -> Outcome:
-        pack = _labelled(micro)
+    def prepare(self, micro: Micro) -> Prepared:
+        return Prepared(micro, float(len(_labelled(micro).labels.thing_P)))
+
+    def forward(self, prepared: Prepared, denominator: float, world: World) -> Outcome:
+        pack = _labelled(prepared.micro)
         said = self.read(pack.batch)
         losses = patch_losses(said, pack.labels) | token_losses(said, pack.labels)
         # Each head's mean over the patches that have its label; packs of a step and ranks weigh by their patches.
         mean = sum((self.weights.get(name, 1.0) * loss_R.mean() for name, loss_R in losses.items()), torch.zeros(()))
-        sums = {f"loss/{name}": (float(loss_R.detach().sum()), float(len(loss_R))) for name, loss_R in losses.items()}
+        sums: dict[str, tuple[Tensor | float, float]] = {
+            f"loss/{name}": (loss_R.detach().sum(), float(len(loss_R))) for name, loss_R in losses.items()
+        }
         sums |= {f"right/{name}": pair for name, pair in _hits(said, pack.labels).items()}
         sums["loss"] = (float(mean.detach()), 1.0)
-        return Outcome(mean * (self.measure(micro) / denominator), sums)
+        return Outcome(mean * (prepared.denominator / denominator), sums)
 
     def read(self, batch: Batch) -> dict[str, Tensor]:
         """Each head's logits, fp32: for every patch, or for every visual token, which is four of them."""
