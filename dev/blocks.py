@@ -22,6 +22,7 @@ FLOORS = (
     ("finetune", "serve", "eval"),
     ("posttrain",),
     ("train", "agent"),
+    ("session",),
     ("engine", "parallel", "curate"),
     ("data", "worlds", "scoring"),
     ("prompt", "show"),

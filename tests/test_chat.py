@@ -11,12 +11,12 @@ from PIL import Image as Pillow
 
 from media_files import encoded, gradient, numbered_frame, pdf, write_video
 from qvl.commands import chat, cli
-from qvl.commands.generate import Session
 from qvl.core.batch import Sample
 from qvl.engine.generate import Event
 from qvl.engine.sampling import Draw
 from qvl.prompt.message import Thinking
 from qvl.prompt.openai import messages_from_dicts
+from qvl.session import Session
 from qvl.show.draw import PALETTE
 from real_tokenizer import real_tokenizer
 from tiny_checkpoint import read_tokenizer_once, tiny_checkpoint

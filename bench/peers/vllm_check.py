@@ -71,11 +71,11 @@ def png(source: Any) -> str:
 
 
 def ours(folder: str, asked: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    from qvl.commands.generate import Generate, Session, processor_of
+    from qvl.commands.generate import Generate, open_session, processor_of
 
     args = Generate(model=folder, device="cpu", dtype="float32", temperature=0, max_tokens=MAX_TOKENS)
     processor = processor_of(args)
-    session = Session.open(args, processor, lambda _: None, num_logprobs=2)
+    session = open_session(args, processor, lambda _: None, num_logprobs=2)
     found = []
     for messages in asked:
         encoded = processor(messages)

@@ -12,11 +12,21 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text as Styled
 
-from qvl.commands.generate import Answering, Loaded, MediaLoader, MediaOptions, Session, prepared, processor_of
+from qvl.commands.generate import (
+    Answering,
+    Loaded,
+    MediaLoader,
+    MediaOptions,
+    open_session,
+    prepared,
+    processor_of,
+    voices_of,
+)
 from qvl.engine.generate import Event
 from qvl.prompt.coordinates import Box3D, Boxes, read_boxes
 from qvl.prompt.message import ContentPart, Document, Image, Message, Thinking, system, user
 from qvl.prompt.openai import messages_to_dicts
+from qvl.session import Session
 from qvl.show.draw import draw_places
 from qvl.show.frames import frames_of
 from qvl.show.terminal import Printer, printable, telling
@@ -51,7 +61,7 @@ HELP = (
 def run(args: Chat) -> int:
     with telling() as say:
         processor = processor_of(args)
-        session = Session.open(args, processor, say)
+        session = open_session(args, processor, say)
     # The status line is gone while a person types; each wait opens its own.
     with MediaLoader.worker(lambda words: None, processor) as loader:
         talk = Talk(args=args, session=session, loader=loader)
@@ -201,7 +211,7 @@ class Talk:
         self.messages, self.waiting = turn, []
         self.last_picture = last_picture(turn, self.loaded)
         events = [first]
-        printer = Printer(self.session.voices(), hide_thinking=self.args.hide_thinking)
+        printer = Printer(voices_of(self.session), hide_thinking=self.args.hide_thinking)
         is_stopped = False
         try:
             printer.push(first.draw.token, first.text)

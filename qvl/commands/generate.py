@@ -9,24 +9,17 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar
 
-import torch
 from torch import Tensor
 
 from qvl.commands.cli import take_in_order
-from qvl.core.batch import Sample
 from qvl.core.config import did_you_mean
-from qvl.core.device import pick_device, pick_dtype
-from qvl.engine.generate import Event, stream
-from qvl.engine.prepare import Weights, prepare
-from qvl.engine.sampling import Preset, Sampling, defaults, end_tokens
-from qvl.model.lora import load_adapter, merge
-from qvl.model.qwen3vl import Qwen3VL
-from qvl.model.weights import load
+from qvl.engine.generate import Event
+from qvl.engine.prepare import Weights
+from qvl.engine.sampling import Preset
 from qvl.outside.fetch import Fetcher
 from qvl.outside.hub import resolve
 from qvl.outside.media import MediaLimits
 from qvl.outside.workers import Decoder, WorkerPool
-from qvl.prompt.answer import Answer, parse_answer
 from qvl.prompt.budget import ImageBudget
 from qvl.prompt.document import load_document
 from qvl.prompt.image import image_patches, load_image
@@ -36,6 +29,7 @@ from qvl.prompt.processor import Processor, Template, image_budget_for, video_sa
 from qvl.prompt.sampling import VideoSampling
 from qvl.prompt.video import load_video
 from qvl.prompt.visual import Visual
+from qvl.session import Session
 from qvl.show.terminal import Printer, Say, Voices, telling
 
 A = TypeVar("A", bound="Asking")
@@ -200,7 +194,7 @@ def run(args: Generate) -> int:
         with MediaLoader.worker(say, processor) as loader:
             loaded = loader.load_all(messages)
         encoded = processor([prepared(message, loaded) for message in messages])
-        session = Session.open(args, processor, say, num_logprobs=args.logprobs)
+        session = open_session(args, processor, say, num_logprobs=args.logprobs)
         events = session.answer(encoded.sample, say)
         first = next(events)
     whole = chain([first], events)
@@ -208,7 +202,7 @@ def run(args: Generate) -> int:
         media = [facts for item in loaded.values() for facts in item.facts()]
         print(json.dumps(report(session, list(whole), encoded.sample.num_tokens, media), ensure_ascii=False))
         return 0
-    printer = Printer(session.voices(), hide_thinking=args.hide_thinking)
+    printer = Printer(voices_of(session), hide_thinking=args.hide_thinking)
     for event in whole if args.stream else list(whole):
         printer.push(event.draw.token, event.text)
         if event.finish is not None:
@@ -217,7 +211,7 @@ def run(args: Generate) -> int:
 
 
 def report(
-    session: "Session", events: Sequence[Event], num_input_tokens: int, media: Sequence[dict[str, Any]]
+    session: Session, events: Sequence[Event], num_input_tokens: int, media: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
     """What --json prints."""
     parsed = session.parse(events)
@@ -242,57 +236,27 @@ def report(
 # ---- the model ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class Session:
-    """A model that is ready to answer."""
+def open_session(args: Answering, processor: Processor, say: Say, *, num_logprobs: int = 0) -> Session:
+    """The session that the flags describe."""
+    session = Session.open(
+        processor,
+        adapter=args.adapter,
+        dtype=args.dtype,
+        device=args.device,
+        sampling=args.sampling,
+        weights=args.weights,
+        say=say,
+    )
+    names = ("temperature", "max_tokens", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "seed")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    stop = {"stop": args.stop} if args.stop else {}
+    return replace(session, sampling=replace(session.sampling, num_logprobs=num_logprobs, **given, **stop))
 
-    model: Qwen3VL
-    processor: Processor
-    sampling: Sampling
-    end_tokens: frozenset[int]
 
-    @classmethod
-    def open(cls, args: Answering, processor: Processor, say: Say, *, num_logprobs: int = 0) -> "Session":
-        folder = processor.folder.path
-        device = pick_device(args.device)
-        say(f"loading {folder}")
-        model = load(folder, dtype=pick_dtype(device, args.dtype), device=device)
-        if args.adapter is not None:
-            load_adapter(model, args.adapter)
-            merge(model, keep_base=False)
-        prepare(model, free=True, weights=args.weights)
-        return cls(
-            model=model,
-            processor=processor,
-            sampling=replace(chosen_sampling(args, folder, model, processor), num_logprobs=num_logprobs),
-            end_tokens=end_tokens(folder, model.config.text.eos_token_id),
-        )
-
-    def answer(self, sample: Sample, say: Say) -> Iterator[Event]:
-        """Tokens as they come. `say` is told what happens until the first."""
-        events = stream(
-            self.model,
-            [sample],
-            self.sampling,
-            end_tokens=self.end_tokens,
-            text_stream=self.processor.tokenizer.stream,
-        )
-        with reading(self.model, sample.num_tokens, say):
-            first = next(events)
-        yield first
-        yield from events
-
-    def parse(self, events: Sequence[Event]) -> Answer:
-        """The answer as a message. A stop text can only be cut off the text; without one the ids are read, which are surer."""
-        starts_in_thought = self.processor.starts_in_thought
-        if self.sampling.stop:
-            return parse_answer("".join(event.text for event in events), starts_in_thought=starts_in_thought)
-        return self.processor.parse_answer([event.draw.token for event in events])
-
-    def voices(self) -> Voices:
-        tokenizer = self.processor.tokenizer
-        marks = {tokenizer.control_id(m): m for m in ("<think>", "</think>") if tokenizer.has_control(m)}
-        return Voices(marks, in_thought=self.processor.starts_in_thought)
+def voices_of(session: Session) -> Voices:
+    tokenizer = session.processor.tokenizer
+    marks = {tokenizer.control_id(m): m for m in ("<think>", "</think>") if tokenizer.has_control(m)}
+    return Voices(marks, in_thought=session.processor.starts_in_thought)
 
 
 def processor_of(args: Any) -> Processor:
@@ -313,48 +277,6 @@ def quickstart_model() -> str:
             "make quickstart was run."
         )
     return str(QUICKSTART)
-
-
-def chosen_sampling(args: Answering, folder: Path, model: Qwen3VL, processor: Processor) -> Sampling:
-    """The preset, with what was given on the command line."""
-    base = preset_sampling(args.sampling, folder, model, processor)
-    names = ("temperature", "max_tokens", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "seed")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return replace(base, **given, **({"stop": args.stop} if args.stop else {}))
-
-
-def preset_sampling(preset: Preset, folder: Path, model: Qwen3VL, processor: Processor) -> Sampling:
-    """The preset's values for a model of this size, make and template."""
-    return defaults(
-        folder,
-        preset,
-        is_thinking=processor.starts_in_thought,
-        is_large=sum(p.numel() for p in model.language_model.parameters()) >= 25e9,  # between 8B and 30B-A3B
-        is_moe=model.config.text.moe is not None,
-    )
-
-
-@contextmanager
-def reading(model: Qwen3VL, num_tokens: int, say: Say) -> Iterator[None]:
-    """Says how far the prompt has been read."""
-    done = 0
-
-    def on_vision(_: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
-        say(f"looking at {int(inputs[1].prod(dim=1).sum()) // 4:,} visual tokens")
-
-    def on_text(_: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
-        nonlocal done
-        say(f"reading token {done:,} of {num_tokens:,}")
-        done += inputs[0].shape[0]
-
-    hooks = [model.language_model.register_forward_pre_hook(on_text)]
-    if model.config.vision is not None:
-        hooks.append(model.visual.register_forward_pre_hook(on_vision))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 # ---- media --------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from qvl.commands import generate
-from qvl.commands.generate import Answering, Asking, Loaded, MediaLoader, Session, prepared, processor_of
+from qvl.commands.generate import Answering, Asking, Loaded, MediaLoader, open_session, prepared, processor_of
 from qvl.core.batch import Batch, Sample
 from qvl.model.config import ModelConfig, read_config
 from qvl.model.look import layers_named, look
@@ -20,6 +20,7 @@ from qvl.model.pack import pack
 from qvl.prompt.processor import Processor, Template
 from qvl.prompt.tokenizer import Tokenizer
 from qvl.prompt.visual import MERGE, Visual
+from qvl.session import Session
 from qvl.show.frames import frames_of, with_grid
 from qvl.show.inspection import Attention, Inspection, Looked, Medium, Token, to_html, to_picture
 from qvl.show.terminal import Say, printable, telling
@@ -141,7 +142,7 @@ def see(args: Inspect, processor: Processor | None, say: Say) -> Seen:
         settings = Answering(
             model=args.model, device=args.device, dtype=args.dtype, temperature=0, max_tokens=max(1, args.generate)
         )
-        session = Session.open(settings, processor, say)
+        session = open_session(settings, processor, say)
         if args.answer is not None:
             answer = ids_of_answer(args.answer, processor)
         else:

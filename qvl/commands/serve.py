@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from qvl.commands.generate import preset_sampling, quickstart_model
+from qvl.commands.generate import quickstart_model
 from qvl.core.device import free_memory_bytes, pick_device, pick_dtype
 from qvl.core.log import log
 from qvl.engine.engine import Engine, EngineSettings
@@ -21,6 +21,7 @@ from qvl.model.weights import load
 from qvl.outside.hub import resolve
 from qvl.outside.port import check_port
 from qvl.prompt.processor import Processor
+from qvl.session import preset_sampling
 
 try:
     from qvl.serve.app import App, make_app

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 
 from qvl.core.batch import Sample
-from qvl.engine.generate import generate
-from qvl.engine.sampling import Sampling
 from qvl.model.pack import pack
 from qvl.model.qwen3vl import Qwen3VL
 from qvl.prompt.example import Example
@@ -17,6 +15,7 @@ from qvl.prompt.processor import Processor
 from qvl.recipes.ablate.arm import Arm, sample_of
 from qvl.recipes.made_stream import Maker
 from qvl.scoring.registry import score_answers
+from qvl.session import Session
 from qvl.train.loss import linear_cross_entropy, targets
 from qvl.worlds.world import World
 
@@ -82,13 +81,9 @@ def answers_right(world: World, count: int, *, max_tokens: int = 12) -> Probe:
 
     def measure(run: Trained) -> float:
         examples = run.examples(world, count)
-        tokenizer = run.material.processor.tokenizer
-        answers = generate(
-            run.model,
-            [sample_of(e.messages[:1], run.material.processor, run.arm, is_prompt=True) for e in examples],
-            Sampling(temperature=0, max_tokens=max_tokens),
-            end_tokens=frozenset({tokenizer.control_id("<|im_end|>")}),
-            text_stream=lambda: tokenizer.stream(skip_special=True),
+        session = Session.greedy(run.model, run.material.processor, max_tokens=max_tokens)
+        answers = session.generate(
+            [sample_of(e.messages[:1], run.material.processor, run.arm, is_prompt=True) for e in examples]
         )
         return sum(score_answers(e, [a.text])[0].value for e, a in zip(examples, answers, strict=True)) / count
 

@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-from qvl.engine.generate import generate
-from qvl.engine.sampling import Sampling
 from qvl.eval.parity import their_answers
 from qvl.model.qwen3vl import Qwen3VL
 from qvl.prompt.example import Example
 from qvl.prompt.message import Image, Message, Text, Video
 from qvl.prompt.processor import Processor
 from qvl.recipes.quickstart.story import HELD_OUT_SEED, Pupil, Story
+from qvl.session import Session
 from qvl.worlds.world import World
 
 
@@ -20,15 +19,10 @@ def same_answers(
     examples = [world(HELD_OUT_SEED, 1, "heldout") for world in pictures.values()]
     theirs = their_answers(folder, [pupil.processor(example.messages[:1]) for example in examples], max_tokens)
     end = pupil.processor.tokenizer.control_id("<|im_end|>")
+    session = Session.greedy(pupil.model, pupil.processor, max_tokens=max_tokens)
     rows = []
     for example, ids in zip(examples, theirs, strict=True):
-        (ours,) = generate(
-            pupil.model,
-            [pupil.processor(example.messages[:1]).sample],
-            Sampling(temperature=0, max_tokens=max_tokens),
-            end_tokens=frozenset({end}),
-            text_stream=lambda: pupil.processor.tokenizer.stream(skip_special=True),
-        )
+        (ours,) = session.generate([pupil.processor(example.messages[:1]).sample])
         is_same = [id for id in ours.tokens if id != end] == [id for id in ids if id != end]
         verdict = "same" if is_same else "[red]DIFFERENT[/red]"
         story.console.print(f"{example.id}: {ours.text!r} (right: {example.answer!r}); transformers: {verdict}")
@@ -45,12 +39,6 @@ def answer(story: Story, model: Qwen3VL, processor: Processor, part: Image | Vid
         f"{Path(str(part.source)).name}: {visual.source_width}x{visual.source_height} -> {visual.width}x{visual.height}, {steps}"
         f"{visual.num_tokens} visual tokens in a prompt of {encoded.sample.num_tokens}"
     )
-    (generation,) = generate(
-        model,
-        [encoded.sample],
-        Sampling(temperature=0, max_tokens=16),
-        end_tokens=frozenset({processor.tokenizer.control_id("<|im_end|>")}),
-        text_stream=lambda: processor.tokenizer.stream(skip_special=True),
-    )
+    (generation,) = Session.greedy(model, processor, max_tokens=16).generate([encoded.sample])
     story.console.print("  ->", repr(generation.text), markup=False)
     return generation.text

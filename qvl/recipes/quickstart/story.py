@@ -15,8 +15,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from qvl.core.device import facts
-from qvl.engine.generate import generate
-from qvl.engine.sampling import Sampling
 from qvl.model.qwen3vl import Qwen3VL
 from qvl.parallel.data_parallel import World as Ranks
 from qvl.prompt.example import Example
@@ -25,6 +23,7 @@ from qvl.prompt.tokenizer import Tokenizer
 from qvl.recipes.made_stream import ALONE, Assemble, MadeStream, Maker, num_tokens, packed
 from qvl.recipes.quickstart.checkpoint import write_checkpoint
 from qvl.scoring.registry import score_answers
+from qvl.session import Session
 from qvl.train.loop import LoopConfig, StepReport, Watcher, fit
 from qvl.train.objective import Objective
 from qvl.train.optimizer import OptimizerConfig
@@ -304,17 +303,9 @@ LINES = 6
 
 def answers(model: Qwen3VL, processor: Processor, examples: Sequence[Example], *, max_tokens: int = 48) -> list[str]:
     """Greedy answers to the examples' first questions."""
-    tokenizer = processor.tokenizer
+    session = Session.greedy(model, processor, max_tokens=max_tokens)
     made: list[str] = []
     for low in range(0, len(examples), 32):  # so many at once that their keys and values stay in cache
-        made += [
-            answer.text
-            for answer in generate(
-                model,
-                [processor(example.messages[:1]).sample for example in examples[low : low + 32]],
-                Sampling(temperature=0, max_tokens=max_tokens),
-                end_tokens=frozenset({tokenizer.control_id("<|im_end|>")}),
-                text_stream=lambda: tokenizer.stream(skip_special=True),
-            )
-        ]
+        samples = [processor(example.messages[:1]).sample for example in examples[low : low + 32]]
+        made += [answer.text for answer in session.generate(samples)]
     return made

@@ -1,0 +1,241 @@
+"""A model that is ready to answer: network, processor, sampling and end tokens in one object, which everything that asks a model shares."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from qvl.core.batch import Sample
+from qvl.core.config import did_you_mean
+from qvl.core.device import pick_device, pick_dtype
+from qvl.engine.generate import Event, FinishReason, Generation, generate, stream
+from qvl.engine.prepare import Weights, prepare
+from qvl.engine.sampling import Preset, Sampling, defaults, end_tokens
+from qvl.model.lora import load_adapter, merge
+from qvl.model.qwen3vl import Qwen3VL
+from qvl.model.weights import load as load_weights
+from qvl.outside.hub import resolve
+from qvl.prompt.answer import Answer, parse_answer
+from qvl.prompt.message import Image, Message, Text, Video, user
+from qvl.prompt.openai import messages_from_dicts
+from qvl.prompt.processor import Processor
+
+Say = Callable[[str], None]
+Dtype = Literal["auto", "float32", "bfloat16"]
+Conversation = str | Sequence[Message] | Sequence[Mapping[str, Any]]
+"""A question, or messages: ours, or OpenAI's dictionaries."""
+
+
+def load(
+    model: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    dtype: Dtype = "auto",
+    device: str = "auto",
+    sampling: Preset = "model",
+    weights: Weights = "plain",
+) -> "Session":
+    """A session on a checkpoint folder or a name on the hub (extra `hub`); `qvl.load` is this.
+
+        import qvl
+        model = qvl.load("DIR")
+        print(model.chat("What is this?", images=["cat.png"]))
+
+    `adapter`: a LoRA folder in PEFT's format, merged into the weights. `dtype` auto: bfloat16 where the hardware multiplies it. `sampling`:
+    where unset values come from (the folder's own settings, the report's, the official evaluation's).
+    """
+    processor = Processor.from_folder(resolve(str(model)))
+    return Session.open(
+        processor,
+        adapter=None if adapter is None else Path(adapter),
+        dtype=dtype,
+        device=device,
+        sampling=sampling,
+        weights=weights,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What the model answered; printed, it is the answer's words."""
+
+    message: Message
+    """The assistant's message: words, thought, tool calls. It may be put behind the conversation that was asked."""
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish: FinishReason
+
+    @property
+    def text(self) -> str:
+        return self.message.text
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    model: Qwen3VL
+    processor: Processor
+    sampling: Sampling
+    """Of an answer whose question says nothing else."""
+    end_tokens: frozenset[int]
+    skips_special: bool = field(default=False)
+    """Whether control tokens are left out of an answer's text."""
+
+    @classmethod
+    def open(
+        cls,
+        processor: Processor,
+        *,
+        adapter: Path | None = None,
+        dtype: Dtype = "auto",
+        device: str = "auto",
+        sampling: Preset = "model",
+        weights: Weights = "plain",
+        say: Say = lambda _: None,
+    ) -> "Session":
+        """Loads the weights of the processor's folder, and orders them for answering."""
+        folder, place = processor.folder.path, pick_device(device)
+        say(f"loading {folder}")
+        model = load_weights(folder, dtype=pick_dtype(place, dtype), device=place)
+        if adapter is not None:
+            load_adapter(model, adapter)
+            merge(model, keep_base=False)
+        prepare(model, free=True, weights=weights)
+        return cls(
+            model=model,
+            processor=processor,
+            sampling=preset_sampling(sampling, folder, model, processor),
+            end_tokens=end_tokens(folder, model.config.text.eos_token_id),
+        )
+
+    @classmethod
+    def greedy(cls, model: Qwen3VL, processor: Processor, *, max_tokens: int) -> "Session":
+        """On a model in memory, with its likeliest tokens until the turn ends; control tokens are no part of the text."""
+        end = frozenset({processor.tokenizer.control_id("<|im_end|>")})
+        sampling = Sampling(temperature=0, max_tokens=max_tokens)
+        return cls(model=model, processor=processor, sampling=sampling, end_tokens=end, skips_special=True)
+
+    # ---- conversations
+
+    def chat(
+        self, conversation: Conversation, *, images: Sequence[Any] = (), videos: Sequence[Any] = (), **sampling: Any
+    ) -> Reply:
+        """The answer. `images` and `videos` (paths, bytes, PIL images, arrays) stand before the words of a lone question; keywords are
+        fields of Sampling (temperature, max_tokens, seed, stop, ...)."""
+        (reply,) = self.chat_many([self._messages(conversation, images, videos)], **sampling)
+        return reply
+
+    def chat_many(self, conversations: Sequence[Conversation], **sampling: Any) -> list[Reply]:
+        """The answers, worked out together; each is what it would be alone, up to rounding."""
+        samples = [self.processor(self._messages(conversation)).sample for conversation in conversations]
+        chosen = self._sampling(sampling)
+        return [self._reply(made, chosen) for made in self.generate(samples, chosen)]
+
+    def stream(
+        self, conversation: Conversation, *, images: Sequence[Any] = (), videos: Sequence[Any] = (), **sampling: Any
+    ) -> Iterator[str]:
+        """The answer's text as it comes, a thought with its marks included; joined it is what a whole answer's tokens say."""
+        sample = self.processor(self._messages(conversation, images, videos)).sample
+        for event in self.events([sample], self._sampling(sampling)):
+            yield event.text
+
+    def _messages(
+        self, conversation: Conversation, images: Sequence[Any] = (), videos: Sequence[Any] = ()
+    ) -> Sequence[Message]:
+        if isinstance(conversation, str):
+            return [user(*map(Image, images), *map(Video, videos), Text(conversation))]
+        if images or videos:
+            raise ValueError("images and videos came beside messages; put them into the message that shows them.")
+        if all(isinstance(message, Message) for message in conversation):
+            return conversation  # type: ignore[return-value]
+        return messages_from_dicts(conversation)  # type: ignore[arg-type]
+
+    def _sampling(self, given: Mapping[str, Any]) -> Sampling:
+        known = vars(self.sampling)
+        if unknown := next((name for name in given if name not in known), None):
+            raise ValueError(f"there is no sampling setting {unknown!r}{did_you_mean(unknown, known)}.")
+        return replace(self.sampling, **given)
+
+    def _reply(self, made: Generation, sampling: Sampling) -> Reply:
+        # A stop text can only be cut off the text; without one the ids are read, which are surer.
+        answer = self._parsed(made.text if sampling.stop else list(made.tokens))
+        return Reply(message=answer.message, tokens=made.tokens, logprobs=made.logprobs, finish=made.finish)
+
+    # ---- samples
+
+    def generate(
+        self, samples: Sequence[Sample], sampling: Sampling | Sequence[Sampling] | None = None
+    ) -> list[Generation]:
+        """All answers to prompts that are ids and patches already."""
+        return generate(
+            self.model, samples, sampling or self.sampling, end_tokens=self.end_tokens, text_stream=self._text_stream
+        )
+
+    def events(
+        self, samples: Sequence[Sample], sampling: Sampling | Sequence[Sampling] | None = None
+    ) -> Iterator[Event]:
+        """Tokens of all answers as they come."""
+        return stream(
+            self.model, samples, sampling or self.sampling, end_tokens=self.end_tokens, text_stream=self._text_stream
+        )
+
+    def answer(self, sample: Sample, say: Say) -> Iterator[Event]:
+        """Tokens as they come. `say` is told what happens until the first."""
+        events = self.events([sample])
+        with reading(self.model, sample.num_tokens, say):
+            first = next(events)
+        yield first
+        yield from events
+
+    def parse(self, events: Sequence[Event]) -> Answer:
+        """The answer as a message. A stop text can only be cut off the text; without one the ids are read, which are surer."""
+        if self.sampling.stop:
+            return self._parsed("".join(event.text for event in events))
+        return self._parsed([event.draw.token for event in events])
+
+    def _parsed(self, said: str | list[int]) -> Answer:
+        if isinstance(said, str):
+            return parse_answer(said, starts_in_thought=self.processor.starts_in_thought)
+        return self.processor.parse_answer(said)
+
+    def _text_stream(self) -> Any:
+        return self.processor.tokenizer.stream(skip_special=self.skips_special)
+
+
+def preset_sampling(preset: Preset, folder: Path, model: Qwen3VL, processor: Processor) -> Sampling:
+    """The preset's values for a model of this size, make and template."""
+    return defaults(
+        folder,
+        preset,
+        is_thinking=processor.starts_in_thought,
+        is_large=sum(p.numel() for p in model.language_model.parameters()) >= 25e9,  # between 8B and 30B-A3B
+        is_moe=model.config.text.moe is not None,
+    )
+
+
+@contextmanager
+def reading(model: Qwen3VL, num_tokens: int, say: Say) -> Iterator[None]:
+    """Says how far the prompt has been read."""
+    done = 0
+
+    def on_vision(_: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        say(f"looking at {int(inputs[1].prod(dim=1).sum()) // 4:,} visual tokens")
+
+    def on_text(_: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        nonlocal done
+        say(f"reading token {done:,} of {num_tokens:,}")
+        done += inputs[0].shape[0]
+
+    hooks = [model.language_model.register_forward_pre_hook(on_text)]
+    if model.config.vision is not None:
+        hooks.append(model.visual.register_forward_pre_hook(on_vision))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
