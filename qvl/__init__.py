@@ -1,5 +1,6 @@
 """The whole Qwen3-VL system in one readable package; model/qwen3vl.py is the place to start reading."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,6 +14,4 @@ def __getattr__(name: str) -> Any:
     # Late, so that `import qvl` loads no torch.
     if name not in ("load", "Session", "Reply"):
         raise AttributeError(f"module 'qvl' has no attribute {name!r}")
-    from qvl import session
-
-    return getattr(session, name)
+    return getattr(import_module("qvl.session"), name)

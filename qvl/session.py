@@ -25,8 +25,8 @@ from qvl.prompt.processor import Processor
 
 Say = Callable[[str], None]
 Dtype = Literal["auto", "float32", "bfloat16"]
-Conversation = str | Sequence[Message] | Sequence[Mapping[str, Any]]
-"""A question, or messages: ours, or OpenAI's dictionaries."""
+Conversation = str | Message | Sequence[Message] | Sequence[Mapping[str, Any]]
+"""A question, a message, or messages: ours, or OpenAI's dictionaries."""
 
 
 def load(
@@ -151,7 +151,9 @@ class Session:
             return [user(*map(Image, images), *map(Video, videos), Text(conversation))]
         if images or videos:
             raise ValueError("images and videos came beside messages; put them into the message that shows them.")
-        if all(isinstance(message, Message) for message in conversation):
+        if isinstance(conversation, Message):
+            return [conversation]
+        if conversation and all(isinstance(message, Message) for message in conversation):
             return conversation  # type: ignore[return-value]
         return messages_from_dicts(conversation)  # type: ignore[arg-type]
 

@@ -81,7 +81,7 @@ def test_a_stop_text_ends_the_answer_and_is_no_part_of_it(model: Session) -> Non
 
 def test_a_reply_goes_behind_the_conversation_it_answers(model: Session) -> None:
     question = user("Name a colour.")
-    reply = model.chat([question], **GREEDY)
+    reply = model.chat(question, **GREEDY)
     assert model.chat([question, reply.message, user("Another.")], **GREEDY).tokens
 
 
@@ -100,6 +100,8 @@ def test_an_adapter_is_merged(tiny_folder: Path, tmp_path: Path, model: Session)
 def test_mistakes_are_one_sentence(model: Session, image: Path) -> None:
     with pytest.raises(ValueError, match=r"there is no sampling setting 'temprature'.*temperature"):
         model.chat("q", temprature=0)
+    with pytest.raises(ValueError, match="The conversation is empty"):
+        model.chat([])
     with pytest.raises(ValueError, match="images and videos came beside messages"):
         model.chat([{"role": "user", "content": "q"}], images=[image])
     with pytest.raises(ValueError, match="has no chat template; choose"):
