@@ -6,7 +6,7 @@ import pytest
 
 from dev.walk import Walk, walks
 
-MAX_PASSED = {"request": (37, 29), "row": (22, 17), "pixel": (36, 16)}
+MAX_PASSED = {"request": (37, 29), "row": (22, 17), "pixel": (37, 16)}
 """Name -> modules, forms. What is aimed at is 20 and 8 for each."""
 
 

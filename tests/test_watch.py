@@ -175,10 +175,6 @@ def test_targets_are_found_once_a_pack(tmp_path: Path, monkeypatch: pytest.Monke
     objective = NextToken(model)
     fit(objective, Drawn(small(), packs=2), settings(3), tmp_path, ALONE)
     assert len(calls) == 6
-    assert objective._measured == []
-    # A forward that nobody measured finds its own.
-    objective(Drawn(small(), packs=1).next_step()[0], 1.0, ALONE)
-    assert len(calls) == 7
 
 
 def test_a_moe_run_tells_its_worst_layer_and_its_idle_experts(tmp_path: Path) -> None:

@@ -45,6 +45,14 @@ class World:
             dist.all_reduce(value)
         return value
 
+    def from_first(self, value: str | None) -> str | None:
+        """What rank 0 gives, on all ranks."""
+        if self.size == 1:
+            return value
+        held = [value]
+        dist.broadcast_object_list(held, src=0, device=self.device)
+        return held[0]
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()

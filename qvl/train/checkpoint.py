@@ -93,20 +93,19 @@ def _save_frozen(folder: Path, frozen: dict[str, Tensor], world: World) -> str |
     """The digest of the file that holds them, written unless a checkpoint of this run vouches for it; None where nothing is frozen."""
     if not frozen:
         return None
-    digest = _vouched(folder) if world.rank == 0 else None
-    if world.sum(float(world.rank == 0 and digest is None)) == 0:
+    digest = world.from_first(_vouched(folder) if world.rank == 0 else None)
+    if digest is not None:
         return digest
     tensors = _on_rank_0(frozen.items(), world)
-    if world.rank > 0:
-        return None
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f".{FROZEN}.partial"
-    save_tensors(tensors, aside)
-    _sync(aside)
-    digest = _digest(aside)
-    os.rename(aside, folder / FROZEN)
-    _sync(folder)
-    return digest
+    if world.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = folder / f".{FROZEN}.partial"
+        save_tensors(tensors, aside)
+        _sync(aside)
+        digest = _digest(aside)
+        os.rename(aside, folder / FROZEN)
+        _sync(folder)
+    return world.from_first(digest)
 
 
 def _vouched(folder: Path) -> str | None:
