@@ -4,7 +4,8 @@
     OMP_NUM_THREADS=1 python -m dev.chapters --chapters S1 --weights runs/base/S0.safetensors --seed 3 --out runs/s1-seed3
 
 Other rounding is another run: MKL_CBWR=COMPATIBLE, ONEDNN_MAX_CPU_ISA=AVX2, ATEN_CPU_CAPABILITY=avx2 before the command, or torchrun with
-two ranks. `figures.json` holds the skills; two runs differ only if their losses (lessons/*/log.jsonl) differ by step 20.
+two ranks; two runs differ only if their losses (lessons/*/log.jsonl) differ by step 20. `figures.json` holds the skills. What is kept of
+text is counted from the weights that a run begins with, what is kept of images from an S1 of the same run.
 """
 
 import json
@@ -83,7 +84,7 @@ def main(options: Options) -> int:
     }
     for name in options.chapters:
         runs[name]()
-        if name in ("S2", "S3"):
+        if name in ("S2", "S3") and any(skill.chapter == "S1" for skill in story.skills):
             kept(story, pupil, after=name)
         if story.speaks:
             save_file({k: v.contiguous() for k, v in model.state_dict().items()}, options.out / f"{name}.safetensors")
