@@ -75,7 +75,6 @@ def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_the_same_one() -> 
     assert head.grad is None
 
 
-@pytest.mark.no_shape_hook  # under a profile function Python keeps a copy of a frame's locals, and with it a chunk that was deleted
 def test_at_most_one_chunk_of_logits_is_held() -> None:
     hidden, head = torch.randn(4000, 64, requires_grad=True), torch.randn(20_000, 64)
     label, weight, chunk = torch.zeros(4000, dtype=torch.int64), torch.ones(4000), 128 * 2**20

@@ -104,20 +104,19 @@ class _RowLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_RD, head_VD, label_R, function, chunk_bytes):
         gradients = _Gradients(ctx, hidden_RD, head_VD)
-        losses, nlls = [], []
+        # Written in place: small tensors kept between the large ones of a chunk would hold their memory apart.
+        loss_R, nll_R = (hidden_RD.new_empty(len(label_R), dtype=gradients.wide) for _ in range(2))
 
         def turn(few: Tensor, rows: slice) -> None:
             probability, nll = _softmax_nll(few, label_R[rows], gradients.wide)
-            loss, slope = function(nll, rows)
-            losses.append(loss)
-            nlls.append(nll)
+            nll_R[rows] = nll
+            loss_R[rows], slope = function(nll, rows)
             _gradient_in_place(few, probability, label_R[rows], slope)
 
         gradients.add_chunks(turn, chunk_bytes)
         ctx.save_for_backward(*gradients.finished())
-        nll_R = torch.cat(nlls) if nlls else hidden_RD.new_zeros(0, dtype=gradients.wide)
         ctx.mark_non_differentiable(nll_R)
-        return torch.cat(losses).sum() if losses else nll_R.sum(), nll_R
+        return loss_R.sum(), nll_R
 
     @staticmethod
     def backward(ctx, *grads):
@@ -128,13 +127,15 @@ class _LinearNll(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_RD, head_VD, label_R, chunk_bytes):
         wide = torch.promote_types(head_VD.dtype, torch.float32)
-        nlls = [hidden_RD.new_zeros(0, dtype=wide)]
-        _each_few(
-            hidden_RD, head_VD, lambda few, rows: nlls.append(_softmax_nll(few, label_R[rows], wide)[1]), chunk_bytes
-        )
+        nll_R = hidden_RD.new_empty(len(label_R), dtype=wide)
+
+        def measure(few: Tensor, rows: slice) -> None:
+            nll_R[rows] = _softmax_nll(few, label_R[rows], wide)[1]
+
+        _each_few(hidden_RD, head_VD, measure, chunk_bytes)
         ctx.save_for_backward(hidden_RD, head_VD, label_R)
         ctx.chunk_bytes = chunk_bytes
-        return torch.cat(nlls)
+        return nll_R
 
     @staticmethod
     def backward(ctx, *grads):
@@ -153,7 +154,7 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_RD, head_VD, teacher_hidden, teacher_head, weight_R, beta, temperature, chunk_bytes):
         gradients = _Gradients(ctx, hidden_RD, head_VD)
-        divergences = [hidden_RD.new_zeros(0, dtype=gradients.wide)]
+        divergence_R = hidden_RD.new_empty(len(weight_R), dtype=gradients.wide)
 
         def turn(few: Tensor, rows: slice) -> None:
             with torch.enable_grad():
@@ -162,11 +163,10 @@ class _Divergence(torch.autograd.Function):
                 each = divergence(student, teacher, beta=beta, temperature=temperature)
                 (slope,) = torch.autograd.grad((each * weight_R[rows]).sum(), student)
             few.copy_(slope)
-            divergences.append(each.detach())
+            divergence_R[rows] = each.detach()
 
         gradients.add_chunks(turn, chunk_bytes)
         ctx.save_for_backward(*gradients.finished())
-        divergence_R = torch.cat(divergences)
         ctx.mark_non_differentiable(divergence_R)
         return (divergence_R * weight_R).sum(), divergence_R
 
