@@ -383,6 +383,23 @@ def test_a_folder_that_no_story_wrote_is_not_emptied(tmp_path: Path, capsys: pyt
     assert (tmp_path / "thesis.tex").exists()
 
 
+def test_a_request_that_cannot_be_met_empties_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "report.json").write_text("{}")  # a story's own folder, which a run would empty
+    assert start(Options(out=tmp_path, ranks=0)) == 2
+    assert capsys.readouterr().err == "ranks is 0; expected at least 1.\n"
+    assert (tmp_path / "report.json").exists()
+
+
+def test_a_fault_of_a_lone_rank_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(options: Options) -> int:
+        raise ValueError("a fault of ours")
+
+    monkeypatch.setattr(run, "main", broken)
+    monkeypatch.setattr(run, "_prepare", lambda folder: None)
+    with pytest.raises(ValueError, match="a fault of ours"):
+        start(Options(out=tmp_path, ranks=1))
+
+
 def test_a_broken_floor_is_one_sentence() -> None:
     skills = [
         Skill(chapter="S1", skill="box", floor=0.6, promise=0.76, got=0.5, seconds=1.0),

@@ -54,14 +54,14 @@ class Options:
 def start(options: Options) -> int:
     """The exit code: 0, 1 for a broken floor, 2 for a request that cannot be met, each but the first after one sentence."""
     try:
-        if place().rank == 0:
-            _prepare(options.out)
         if options.ranks is not None and options.ranks < 1:
             raise ValueError(f"ranks is {options.ranks}; expected at least 1.")
-        return run_ranks(main, options.ranks or min(2, num_cores()), options)
+        if place().rank == 0:
+            _prepare(options.out)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+    return run_ranks(main, options.ranks or min(2, num_cores()), options)
 
 
 def _prepare(folder: Path) -> None:
