@@ -33,6 +33,8 @@ class Saved:
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
     """JSON: stream, counters, spike statistics."""
+    frozen: str | None = None
+    """The digest of the frozen weights' file, which was compared; None where the checkpoint holds all weights itself."""
 
 
 def save_run(
@@ -50,14 +52,14 @@ def save_run(
     """Write `folder/step-N`, what is trained and its moments, and drop all but the newest `keep`. Every rank must call this; rank 0 writes.
 
     What is frozen never changes, so it is written once, to `folder/frozen.safetensors`: a run of LoRA on 8B would write 17 GB of it each
-    time. Modules in `helpers` are not saved. Returns that file's digest, which the run's next call gives as `frozen`.
+    time. Modules in `helpers` are not saved. Returns that file's digest, which the run's next call gives as `frozen`; a resumed run has it
+    from what it read.
     """
-    own = {name: p.detach() for name, p in _own(model, helpers).items()}
-    trained = {name for name, p in _own(model, helpers).items() if p.requires_grad}
-    weights = _on_rank_0(((n, p) for n, p in own.items() if n in trained), world)
+    own = _own(model, helpers)
+    weights = _on_rank_0(((n, p.detach()) for n, p in own.items() if p.requires_grad), world)
     moments = _on_rank_0(optimizer.state().items(), world)
     if frozen is None:
-        frozen = _save_frozen(folder, {n: p for n, p in own.items() if n not in trained}, world)
+        frozen = _save_frozen(folder, {n: p.detach() for n, p in own.items() if not p.requires_grad}, world)
     if world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         final = folder / f"{PREFIX}{step:08d}"
@@ -90,13 +92,10 @@ def _own(model: nn.Module, helpers: Sequence[str]) -> dict[str, nn.Parameter]:
 
 
 def _save_frozen(folder: Path, frozen: dict[str, Tensor], world: World) -> str | None:
-    """The digest of the file that holds them, written unless a checkpoint of this run vouches for it; None where nothing is frozen."""
+    """The digest of the file that now holds them; None where nothing is frozen."""
     if not frozen:
         return None
-    digest = world.from_first(_vouched(folder) if world.rank == 0 else None)
-    if digest is not None:
-        return digest
-    tensors = _on_rank_0(frozen.items(), world)
+    tensors, digest = _on_rank_0(frozen.items(), world), None
     if world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         aside = folder / f".{FROZEN}.partial"
@@ -106,18 +105,6 @@ def _save_frozen(folder: Path, frozen: dict[str, Tensor], world: World) -> str |
         os.rename(aside, folder / FROZEN)
         _sync(folder)
     return world.from_first(digest)
-
-
-def _vouched(folder: Path) -> str | None:
-    """The digest of the frozen weights by the newest checkpoint that names one."""
-    for path in sorted(folder.glob(f"{PREFIX}*"), reverse=True):
-        try:
-            digest = json.loads((path / "manifest.json").read_text(encoding="utf-8")).get("frozen")
-        except (OSError, ValueError, AttributeError):
-            continue
-        if digest is not None and (folder / FROZEN).is_file():
-            return digest if _digest(folder / FROZEN) == digest else None
-    return None
 
 
 def _on_rank_0(tensors: Iterable[tuple[str, Tensor]], world: World) -> dict[str, Tensor]:
@@ -147,9 +134,9 @@ def read_run(path: Path) -> Saved:
         for name, digest in manifest["sha256"].items():
             if _digest(path / name) != digest:
                 raise ValueError(f"{path / name} differs from its manifest; the checkpoint is not whole.")
-        frozen: dict[str, Tensor] = {}
-        if manifest.get("frozen"):
-            if _digest(path.parent / FROZEN) != manifest["frozen"]:
+        frozen, digest = dict[str, Tensor](), manifest.get("frozen")
+        if digest is not None:
+            if _digest(path.parent / FROZEN) != digest:
                 raise ValueError(f"{path.parent / FROZEN} differs from the manifest of {path.name}; it is not whole.")
             frozen = load_file(path.parent / FROZEN)
         return Saved(
@@ -157,6 +144,7 @@ def read_run(path: Path) -> Saved:
             weights=frozen | load_file(path / "weights.safetensors"),
             optimizer=load_file(path / "optimizer.safetensors"),
             state=json.loads((path / "state.json").read_text(encoding="utf-8")),
+            frozen=digest,
         )
     except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError, SafetensorError) as error:
         raise ValueError(f"{path} is not a whole checkpoint ({error}).") from None

@@ -281,7 +281,7 @@ class _Run:
         _check_settings(saved.state["settings"], self.settings, self.out)
         self._restore(saved)
         self.stream.restore(saved.state["stream"])
-        self._went_to = saved.step
+        self._went_to, self._frozen = saved.step, saved.frozen
         log.info("resumed from step %d in %s", saved.step, self.out)
 
     def go_back(self, reason: str) -> None:
