@@ -23,13 +23,14 @@ from qvl.finetune.pre_stage import (
 from qvl.finetune.tune import expectations, lora_config
 from qvl.finetune.tune_data import split
 from qvl.model.config import ModelConfig, read_config
-from qvl.model.flops import forward_flops, pool_flops, text_tower_flops, vision_flops
+from qvl.model.flops import forward_flops, vision_flops
 from qvl.model.lora import num_adapter_parameters
 from qvl.model.qwen3vl import empty_model
 from qvl.model.siglip_text import TextTowerConfig, load_text_tower
 from qvl.outside.hub import resolve
 from qvl.parallel.memory import decoder_stack, head_bytes, training_memory, vision_stack
 from qvl.prompt.processor import Processor
+from qvl.train.contrastive import pre_stage_flops
 from qvl.train.metrics import peak_flops
 from qvl.train.parameters import Part, part_of
 
@@ -164,14 +165,6 @@ def text_of(run: Tune, config: ModelConfig, processor: Processor) -> TextTowerCo
     if siglip is not None:
         return load_text_tower(resolve(str(siglip))).config
     return text_tower_config(vision, processor.tokenizer.num_ids, run.pre_stage.caption_tokens)
-
-
-def pre_stage_flops(config: ModelConfig, text: TextTowerConfig, frames: tuple[int, ...], captions: int) -> int:
-    """Of one epoch of V0, forward and backward, without the scores of the pairs."""
-    vision = config.vision
-    assert vision is not None
-    forward = vision_flops(config, frames, with_mergers=False) + text_tower_flops(text, captions)
-    return 3 * (forward + pool_flops(vision.hidden_size, vision.intermediate_size, frames))
 
 
 def table_of(found: DryRun) -> Table:

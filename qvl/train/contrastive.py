@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from qvl.core.batch import Batch
+from qvl.model.config import ModelConfig
 from qvl.model.flops import pool_flops, text_tower_flops, vision_flops
 from qvl.model.pack import frame_lengths
 from qvl.model.pool import AttentionPool, load_pool, new_pool
@@ -114,15 +115,8 @@ class Contrastive(nn.Module):
         sums["retrieval"] = (hit_I.sum(), float(len(hit_I)))
         sums["scale"] = (self.log_scale.detach().exp()[0], 1.0)
         sums["bias"] = (self.bias.detach()[0].clone(), 1.0)  # sharded, the parameter is freed before it is read
-        return Outcome(nll_I.sum() / denominator, sums, self._flops(pack))
-
-    def _flops(self, pack: CaptionPack) -> int:
-        """Tower, pool and text tower; the mergers and the language model are not run."""
-        vision, frames = self.model.config.vision, pack.batch.frame_lengths
-        assert vision is not None
-        forward = vision_flops(self.model.config, frames, with_mergers=False)
-        forward += pool_flops(vision.hidden_size, vision.intermediate_size, frames)
-        return 3 * (forward + text_tower_flops(self.text.config, len(pack.caption_ST)))
+        flops = pre_stage_flops(self.model.config, self.text.config, pack.batch.frame_lengths, len(pack.caption_ST))
+        return Outcome(nll_I.sum() / denominator, sums, flops)
 
     def embed_pictures(self, batch: Batch) -> Tensor:
         """fp32 unit vectors, one a picture (I, C)."""
@@ -254,3 +248,12 @@ def _captioned(micro: Micro) -> CaptionPack:
     if not isinstance(micro, CaptionPack):
         raise ValueError(f"a {type(micro).__name__} came; the vision pre-stage learns from CaptionPack.")
     return micro
+
+
+def pre_stage_flops(config: ModelConfig, text: TextTowerConfig, frames: tuple[int, ...], captions: int) -> int:
+    """Of V0 on so many captions and frames of so many patches, forward and backward, without the scores of the pairs: vision encoder, pool
+    and text tower. The mergers and the language model are not run."""
+    vision = config.vision
+    assert vision is not None
+    forward = vision_flops(config, frames, with_mergers=False) + text_tower_flops(text, captions)
+    return 3 * (forward + pool_flops(vision.hidden_size, vision.intermediate_size, frames))
