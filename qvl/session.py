@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,7 +83,7 @@ class Session:
     sampling: Sampling
     """Of an answer whose question says nothing else."""
     end_tokens: frozenset[int]
-    skips_special: bool = field(default=False)
+    skips_special: bool = False
     """Whether control tokens are left out of an answer's text."""
 
     @classmethod
@@ -134,7 +134,15 @@ class Session:
         """The answers, worked out together; each is what it would be alone, up to rounding."""
         samples = [self.processor(self._messages(conversation)).sample for conversation in conversations]
         chosen = self._sampling(sampling)
-        return [self._reply(made, chosen) for made in self.generate(samples, chosen)]
+        return [
+            Reply(
+                message=self._parsed(made.tokens, made.text, chosen).message,
+                tokens=made.tokens,
+                logprobs=made.logprobs,
+                finish=made.finish,
+            )
+            for made in self.generate(samples, chosen)
+        ]
 
     def stream(
         self, conversation: Conversation, *, images: Sequence[Any] = (), videos: Sequence[Any] = (), **sampling: Any
@@ -163,11 +171,6 @@ class Session:
             raise ValueError(f"there is no sampling setting {unknown!r}{did_you_mean(unknown, known)}.")
         return replace(self.sampling, **given)
 
-    def _reply(self, made: Generation, sampling: Sampling) -> Reply:
-        # A stop text can only be cut off the text; without one the ids are read, which are surer.
-        answer = self._parsed(made.text if sampling.stop else list(made.tokens))
-        return Reply(message=answer.message, tokens=made.tokens, logprobs=made.logprobs, finish=made.finish)
-
     # ---- samples
 
     def generate(
@@ -195,15 +198,15 @@ class Session:
         yield from events
 
     def parse(self, events: Sequence[Event]) -> Answer:
-        """The answer as a message. A stop text can only be cut off the text; without one the ids are read, which are surer."""
-        if self.sampling.stop:
-            return self._parsed("".join(event.text for event in events))
-        return self._parsed([event.draw.token for event in events])
+        """The answer as a message."""
+        tokens, text = [event.draw.token for event in events], "".join(event.text for event in events)
+        return self._parsed(tokens, text, self.sampling)
 
-    def _parsed(self, said: str | list[int]) -> Answer:
-        if isinstance(said, str):
-            return parse_answer(said, starts_in_thought=self.processor.starts_in_thought)
-        return self.processor.parse_answer(said)
+    def _parsed(self, tokens: Sequence[int], text: str, sampling: Sampling) -> Answer:
+        """A stop text can only be cut off the text; without one the ids are read, which are surer."""
+        if sampling.stop:
+            return parse_answer(text, starts_in_thought=self.processor.starts_in_thought)
+        return self.processor.parse_answer(tokens)
 
     def _text_stream(self) -> Any:
         return self.processor.tokenizer.stream(skip_special=self.skips_special)
