@@ -110,10 +110,13 @@ _IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".ti
 _OTHER_ENDINGS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".wav", ".mp3", ".flac", ".ogg", ".pdf")
 
 
+_TEXT_KEYS = _CONVERSATION | _FACTS
+KNOWN_KEYS = {format: _TEXT_KEYS | media for format, media in READS_MEDIA.items()} | {"text": _TEXT_KEYS}
+
+
 def unread_keys(row: Mapping[str, Any], format: Format) -> list[str]:
-    """Keys of a row that no record has a place for."""
-    known = _CONVERSATION | _FACTS | READS_MEDIA.get(format, set())
-    return [] if format == "record" else [key for key in row if key not in known]
+    """Keys of a row that no record has a place for; a record of our own form was checked key by key."""
+    return [] if format == "record" else [key for key in row if key not in KNOWN_KEYS[format]]
 
 
 def _check_no_media_is_unread(row: Mapping[str, Any], read: set[str]) -> None:
@@ -129,7 +132,7 @@ def _check_no_media_is_unread(row: Mapping[str, Any], read: set[str]) -> None:
 
 def _unread_media(row: Mapping[str, Any], read: set[str]) -> Iterator[str]:
     for key, value in row.items():
-        if key in _CONVERSATION | _FACTS | read or value is None or value in ("", [], {}):
+        if key in _TEXT_KEYS or key in read or value is None or value in ("", [], {}):
             continue
         # A name such as file_name beside media that are read is a note; alone it would be the row's only trace of an image.
         if _MEDIA_NAMES.fullmatch(key) or (_is_media(value) and not any(row.get(name) for name in read)):
