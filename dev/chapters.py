@@ -44,7 +44,7 @@ class Options:
     """Of the chapters run here; the model's first weights have it too."""
     long: bool = False
     steps: tuple[str, ...] = ()
-    """Other lengths: language=600, vision=1350, connect=100, boxes=220, see=260, watch=220, remember=90."""
+    """Other lengths, as NAME=STEPS: language, vision, connect, boxes and see (the two halves of S1), watch, remember."""
 
 
 def main(options: Options) -> int:

@@ -13,11 +13,11 @@ R, V, D = 12, 11, 5
 CHUNKS = [1, 5, 100]
 
 
-def drawn(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def drawn(seed: int = 0, width: int = D) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states, head and labels in fp64."""
     g = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(R, D, generator=g, dtype=torch.float64).requires_grad_()
-    head = torch.randn(V, D, generator=g, dtype=torch.float64).requires_grad_()
+    hidden = torch.randn(R, width, generator=g, dtype=torch.float64).requires_grad_()
+    head = torch.randn(V, width, generator=g, dtype=torch.float64).requires_grad_()
     return hidden, head, torch.randint(0, V, (R,), generator=g)
 
 
@@ -135,7 +135,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("loss", ["rows", "sequences", "divergence"])
 def test_no_tensor_is_larger_than_a_chunk_of_logits(loss: str) -> None:
-    hidden, head, label = drawn()
+    hidden, head, label = drawn(width=2)  # narrow, so that gradients are no larger than two rows of logits
     chunk_bytes = 8 * V * 2
     weight = torch.ones(R, dtype=torch.float64)
     runs: dict[str, Callable[[], Tensor]] = {
@@ -147,4 +147,4 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(loss: str) -> None:
     }
     with Largest() as largest:
         runs[loss]().backward()
-    assert largest.most <= max(2 * V, R * D, V * D), "two rows of logits, or a gradient itself"
+    assert largest.most <= max(2 * V, R * 2) < 3 * V, "two rows of logits, or a gradient itself"

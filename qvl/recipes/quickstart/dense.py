@@ -121,7 +121,7 @@ class Dense(nn.Module):
             f"loss/{name}": (loss_R.detach().sum(), float(len(loss_R))) for name, loss_R in losses.items()
         }
         sums |= {f"right/{name}": pair for name, pair in _hits(said, pack.labels).items()}
-        sums["loss"] = (float(mean.detach()), 1.0)
+        sums["loss"] = (mean.detach(), 1.0)
         return Outcome(mean * (prepared.denominator / denominator), sums)
 
     def read(self, batch: Batch) -> dict[str, Tensor]:
@@ -204,12 +204,12 @@ def join(parts: Sequence[DenseLabels]) -> DenseLabels:
     return DenseLabels(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(DenseLabels)})
 
 
-def _hits(said: Mapping[str, Tensor], labels: DenseLabels) -> dict[str, tuple[float, float]]:
+def _hits(said: Mapping[str, Tensor], labels: DenseLabels) -> dict[str, tuple[Tensor, float]]:
     """(patches named right, patches with that label) of each head that names."""
     places = {"colour": labels.thing_P, "shape": labels.thing_P, "digit": labels.written_P}
     truths = {"colour": labels.colour_P, "shape": labels.shape_P, "digit": labels.digit_P}
     return {
-        name: (float((said[name][at].argmax(dim=-1) == truths[name][at]).sum()), float(at.sum()))
+        name: ((said[name][at].argmax(dim=-1) == truths[name][at]).sum(), float(at.sum()))
         for name, at in places.items()
         if bool(at.any())
     }
