@@ -20,7 +20,7 @@ from qvl.model.pack import pack
 from qvl.model.qwen3vl import Qwen3VL, new_model
 from qvl.model.vision import normalise
 from qvl.parallel.data_parallel import World, total_norm
-from qvl.train.blocks import blocks_as_told
+from qvl.train.blocks import compiled_blocks
 from qvl.train.loss import linear_cross_entropy
 from qvl.train.objective import NextToken
 from qvl.train.optimizer import Optimizer, OptimizerConfig
@@ -92,7 +92,7 @@ def speed_rows(
         )
     del theirs, optimizer, peers, make
     compiled = OurStep(new_model(config, dtype=torch.bfloat16, device=device), packs)
-    with blocks_as_told(compiled.objective.model, checkpoint_vision=False, checkpoint_decoder=False, compiled=True):
+    with compiled_blocks(compiled.objective.model):
         yield row(compiled, step_ours, metric=f"{what}, blocks compiled", peer="qvl, as it is", warm=True)
 
 

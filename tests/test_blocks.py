@@ -8,19 +8,24 @@ import pytest
 import torch
 from torch import Tensor
 
+from qvl.model.decoder import embed
+from qvl.model.layers import PLAIN_BLOCKS, Blocks
 from qvl.model.lora import LoraConfig, add_adapter
 from qvl.model.pack import pack
 from qvl.model.qwen3vl import Qwen3VL, new_model
-from qvl.train.blocks import blocks_as_told
+from qvl.train.blocks import compiled_blocks, training_blocks
 from qvl.train.objective import NextToken
 from test_train import ALONE, Drawn, Pack, sample, settings, small, trained
 
-PLAIN = {"checkpoint_vision": False, "checkpoint_decoder": False, "compiled": False}
-VISION, DECODER = PLAIN | {"checkpoint_vision": True}, PLAIN | {"checkpoint_decoder": True}
-CHECKPOINTED = {"vision": VISION, "decoder": DECODER, "both": VISION | {"checkpoint_decoder": True}}
+DECODER = training_blocks(checkpoint_vision=False, checkpoint_decoder=True)
+CHECKPOINTED = {
+    "vision": training_blocks(checkpoint_vision=True, checkpoint_decoder=False),
+    "decoder": DECODER,
+    "both": training_blocks(checkpoint_vision=True, checkpoint_decoder=True),
+}
 
 
-def gradients(model: Qwen3VL, told: dict[str, bool]) -> tuple[list[float], dict[str, Tensor], int]:
+def gradients(model: Qwen3VL, blocks: Blocks) -> tuple[list[float], dict[str, Tensor], int]:
     """Losses, gradients, and the bytes that autograd keeps between forward and backward outside of checkpointed blocks."""
     objective = NextToken(model).train()
     micros = Drawn(model.config, 2).next_step()
@@ -34,12 +39,11 @@ def gradients(model: Qwen3VL, told: dict[str, bool]) -> tuple[list[float], dict[
 
     losses = []
     torch.manual_seed(5)
-    with blocks_as_told(model, **told):
-        for one in prepared:
-            with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-                loss = objective(one, total, ALONE).loss
-            loss.backward()
-            losses.append(float(loss.detach()))
+    for one in prepared:
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            loss = objective(one, total, ALONE, blocks).loss
+        loss.backward()
+        losses.append(float(loss.detach()))
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return losses, found, sum(kept)
@@ -59,7 +63,7 @@ def model_of(kind: str) -> Qwen3VL:
 @pytest.mark.parametrize("where", CHECKPOINTED)
 def test_losses_and_gradients_are_to_the_bit_those_of_blocks_that_keep_everything(kind: str, where: str) -> None:
     model = model_of(kind)
-    losses, expected, all_bytes = gradients(model, PLAIN)
+    losses, expected, all_bytes = gradients(model, PLAIN_BLOCKS)
     again, found, fewer_bytes = gradients(model, CHECKPOINTED[where])
     assert again == losses
     assert found.keys() == expected.keys()
@@ -70,8 +74,8 @@ def test_losses_and_gradients_are_to_the_bit_those_of_blocks_that_keep_everythin
 
 def test_vision_and_decoder_are_chosen_apart() -> None:
     model = model_of("dense")
-    kept = {where: gradients(model, told)[2] for where, told in CHECKPOINTED.items()}
-    everything = gradients(model, PLAIN)[2]
+    kept = {where: gradients(model, blocks)[2] for where, blocks in CHECKPOINTED.items()}
+    everything = gradients(model, PLAIN_BLOCKS)[2]
     saved = {where: everything - count for where, count in kept.items()}
     assert saved["vision"] > 0
     assert saved["decoder"] > 0
@@ -87,17 +91,43 @@ def test_router_statistics_are_counted_once_though_layers_run_twice() -> None:
     [micro] = Drawn(model.config, 1).next_step()
     prepared = objective.prepare(micro)
     plain = objective(prepared, prepared.denominator, ALONE)
-    with blocks_as_told(model, **DECODER):
-        outcome = objective(prepared, prepared.denominator, ALONE)
-        outcome.loss.backward()
+    outcome = objective(prepared, prepared.denominator, ALONE, DECODER)
+    outcome.loss.backward()
     assert runs == {"layer 0": 3, "layer 1": 3, "layer 2": 3}  # plain, checkpointed, once more in the backward
     assert outcome.sums == plain.sums
+
+
+@pytest.mark.parametrize("kind", ["dense", "experts"])
+def test_each_block_of_both_halves_runs_once_and_in_order_as_the_call_says_and_the_next_call_knows_nothing_of_it(
+    kind: str,
+) -> None:
+    model, ran = model_of(kind), []
+
+    def watched(block: torch.nn.Module, *arguments: Any) -> Any:
+        ran.append(block)
+        return block(*arguments)
+
+    [micro] = Drawn(model.config, 1).next_step()
+    with torch.no_grad():
+        plain = model(micro.batch)
+        assert torch.equal(model(micro.batch, blocks=Blocks(vision=watched, decoder=watched)), plain)
+        assert ran == [*model.visual.blocks, *model.language_model.layers]
+        # Decoder layers that are all skipped leave the embedding with DeepStack's levels on top: the loop adds them, not the block.
+        skipped = Blocks(decoder=lambda layer, x_TD, *_: (x_TD, None))
+        features, visual_M = model.encode(micro.batch), micro.batch.visual_M
+        x_TD = embed(model.language_model, micro.batch.token_T, visual_M, features.merged_MD)
+        assert visual_M is not None and len(features.deepstack) > 0
+        for level in features.deepstack:
+            x_TD[visual_M] += level
+        assert torch.equal(model(micro.batch, blocks=skipped), model.language_model.norm(x_TD))
+        ran.clear()
+        assert torch.equal(model(micro.batch), plain) and not ran
 
 
 def test_afterwards_the_model_is_as_it_was() -> None:
     model = model_of("experts")
     before = [dict(module.__dict__) for module in model.modules()]
-    with blocks_as_told(model, checkpoint_vision=True, checkpoint_decoder=True, compiled=True):
+    with compiled_blocks(model):
         assert [dict(module.__dict__) for module in model.modules()] != before
     assert [dict(module.__dict__) for module in model.modules()] == before
 
@@ -128,21 +158,21 @@ def test_a_run_does_not_go_on_compiled_because_its_numbers_would_change(tmp_path
 def test_compiled_blocks_give_the_same_losses_and_are_compiled_once_for_all_lengths(kind: str, where: str) -> None:
     counters = pytest.importorskip("torch._dynamo.utils").counters
     torch._dynamo.reset()  # pyright: ignore[reportPrivateImportUsage]
-    told: dict[str, Any] = CHECKPOINTED.get(where, PLAIN) | {"compiled": True}
-    model = model_of(kind)
-    losses, expected, _ = gradients(model, PLAIN)
-    again, found, _ = gradients(model, told)
+    blocks, model = CHECKPOINTED.get(where, PLAIN_BLOCKS), model_of(kind)
+    losses, expected, _ = gradients(model, PLAIN_BLOCKS)
+    with compiled_blocks(model):
+        again, found, _ = gradients(model, blocks)
     assert again == pytest.approx(losses, rel=1e-5)
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-3, msg=name)
 
     objective, graphs = NextToken(model).train(), []
-    with blocks_as_told(model, **told):
+    with compiled_blocks(model):
         for count in range(1, 9):  # packs of 1 to 8 samples and pictures: no two have equal lengths
             g = torch.Generator().manual_seed(count)
             batch = pack([sample(g, 5 + i, picture=True) for i in range(count)], model.config)
             micro = Pack(batch, ("x",) * count, ("x",) * count)
-            objective(objective.prepare(micro), 1.0, ALONE).loss.backward()
+            objective(objective.prepare(micro), 1.0, ALONE, blocks).loss.backward()
             graphs.append(counters["stats"]["unique_graphs"])
     # A length that equals some width by chance may cost one more graph; then every length has one.
     assert graphs[-1] == graphs[3], graphs

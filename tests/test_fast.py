@@ -23,7 +23,7 @@ from qvl.engine.sampling import Best, Draw, Sampler, Sampling
 from qvl.engine.tower import vision_block
 from qvl.model.attention import Packed, reference
 from qvl.model.config import preset
-from qvl.model.layers import Linear, RoundedWeight
+from qvl.model.layers import Linear, RoundedWeight, run_plainly
 from qvl.model.lora import LoraConfig, add_adapter
 from qvl.model.pack import pack
 from qvl.model.qwen3vl import Qwen3VL, new_model
@@ -147,7 +147,7 @@ def test_a_block_of_the_tower_gives_what_the_plain_one_gives(lengths: tuple[int,
     for name, parameter in owner.visual.named_parameters():
         parameter.data.normal_(0, 0.1 if name.endswith("bias") else 0.06, generator=draw)
     run_block, block, layout = vision_block(owner), owner.visual.blocks[0], Packed(lengths, is_causal=False)
-    assert run_block is not None
+    assert run_block is not run_plainly
     width, head = owner.config.vision.hidden_size, owner.config.vision.head_dim  # type: ignore[union-attr]
     x_PC = torch.randn(total, width, generator=draw).bfloat16()
     angle_PH = torch.rand(total, head // 2, generator=draw).repeat(1, 2) * 6

@@ -69,8 +69,7 @@ def test_renormalised_weights_sum_to_one_and_raw_ones_do_not() -> None:
 
     for is_norm in (True, False):
         layer = MoE(replace(text, moe=replace(text.moe, norm_topk_prob=is_norm)))
-        layer.dispatch = watch
-        layer(torch.randn(7, text.hidden_size))
+        layer(torch.randn(7, text.hidden_size), watch)
     torch.testing.assert_close(seen[0].sum(1), torch.ones(7))
     assert float(seen[1].detach().sum(1).max()) < 1.0
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qvl.core.batch import Batch, Sample
 from qvl.model.attention import KERNELS, Packed
+from qvl.model.layers import PLAIN_BLOCKS, Blocks
 from qvl.model.moe import load_balancing_loss
 from qvl.model.pack import pack
 from qvl.model.qwen3vl import Qwen3VL
@@ -53,20 +54,22 @@ def random_sample(seed: int) -> Sample:
     return Sample(token_T=token_T, patch_PX=patch_PX, grid_I3=torch.tensor(grids))
 
 
-def logits(model: Qwen3VL, samples: list[Sample]) -> list[Tensor]:
+def logits(model: Qwen3VL, samples: list[Sample], blocks: Blocks = PLAIN_BLOCKS) -> list[Tensor]:
     """Logits of each sample of one pack."""
     batch = pack(samples, model.config)
-    return list(model.logits(model(batch)).split(list(batch.lengths)))
+    return list(model.logits(model(batch, blocks=blocks)).split(list(batch.lengths)))
 
 
 def loss(logits: Tensor, sample: Sample) -> Tensor:
     return torch.nn.functional.cross_entropy(logits[:-1], sample.token_T[1:], reduction="sum")
 
 
-def gradients(model: Qwen3VL, samples: list[Sample], counted: list[int]) -> dict[str, Tensor]:
+def gradients(
+    model: Qwen3VL, samples: list[Sample], counted: list[int], blocks: Blocks = PLAIN_BLOCKS
+) -> dict[str, Tensor]:
     """Gradients of the summed loss of the samples `counted`, in one pack of all samples."""
     model.zero_grad()
-    found = logits(model, samples)
+    found = logits(model, samples, blocks)
     torch.stack([loss(found[i], samples[i]) for i in counted]).sum().backward()
     return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
 

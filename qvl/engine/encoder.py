@@ -7,7 +7,7 @@ import torch
 
 from qvl.core.batch import Batch, Sample
 from qvl.model.config import ModelConfig
-from qvl.model.layers import RunBlock
+from qvl.model.layers import RunBlock, run_plainly
 from qvl.model.pack import frame_lengths
 from qvl.model.qwen3vl import Qwen3VL
 from qvl.model.vision import VisualFeatures, frame_chunks, joined
@@ -69,7 +69,7 @@ def visuals_of(
 class Encoder:
     """The vision tower behind a cache bounded in bytes, least recently used out first."""
 
-    def __init__(self, model: Qwen3VL, max_bytes: int, run_block: RunBlock | None = None) -> None:
+    def __init__(self, model: Qwen3VL, max_bytes: int, run_block: RunBlock = run_plainly) -> None:
         self.model, self.max_bytes, self.run_block = model, max_bytes, run_block
         self.kept: OrderedDict[tuple[bytes, int], VisualFeatures] = OrderedDict()
         self.num_bytes = 0

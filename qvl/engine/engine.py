@@ -16,6 +16,7 @@ from qvl.engine.scheduler import QueueFull, Scheduler
 from qvl.engine.sequence import Sequence, Span
 from qvl.engine.tower import vision_block
 from qvl.model.config import ModelConfig
+from qvl.model.layers import run_plainly
 from qvl.model.positions import placeholder_runs
 from qvl.model.qwen3vl import Qwen3VL
 
@@ -137,7 +138,7 @@ class Engine:
             prompt_names_only=self.settings.mode == "exact",
         )
         own = self.settings.kernels and self.settings.mode == "fast"
-        run_block = vision_block(model) if own else None
+        run_block = vision_block(model) if own else run_plainly
         self.encoder = Encoder(model, int(self.settings.encoder_cache_gib * GIB), run_block)
         self.runner = Runner(model, self.cache, mode=self.settings.mode, encoder=self.encoder, kernels=own)
         self._tasks: dict[str, _Task] = {}

@@ -16,7 +16,6 @@ from qvl.core.log import say_once
 from qvl.engine.kv_cache import KVCache
 from qvl.engine.sampling import Best
 from qvl.model.attention import Paged
-from qvl.model.decoder import embed
 from qvl.model.layers import Linear, PackedWeight, RMSNorm, RoundedWeight
 from qvl.model.qwen3vl import Qwen3VL
 from qvl.model.vision import VisualFeatures
@@ -131,29 +130,28 @@ class Kernels:
         return x_SD
 
     def forward(self, batch: Batch, layout: Paged, features: VisualFeatures | None) -> Tensor:
-        """Prompts, as the model's own forward takes them: torch's matmuls, and between them one pass over memory instead of about thirty
-        (at 512 tokens of 0.6B those take a fifth of the time)."""
+        """Prompts, as the model's own forward takes them; layers and the final norm by the kernels."""
         self._look()
-        decoder: Any = self.model.language_model
-        x_TD = embed(decoder, batch.token_T, batch.visual_M, features.merged_MD if features else None)
-        cos_TH, sin_TH = decoder.rotary(batch.position_3T, x_TD.dtype)
-        levels = features.deepstack if features is not None else ()
-        for number, layer in enumerate(decoder.layers):
-            attention, mlp = layer.self_attn, layer.mlp
-            normed_TD = self._norm(x_TD, layer.input_layernorm)
-            q, k, v = (project(normed_TD) for project in (attention.q_proj, attention.k_proj, attention.v_proj))
-            pools = (layout.key_LBZKH[number], layout.value_LBZKH[number])
-            rotation = (attention.q_norm.weight, attention.k_norm.weight, cos_TH, sin_TH, layout.slot_T)
-            self._call("place_rows", self._shape, *rotation, q, k, v, *map(_at, pools), len(x_TD))
-            mixed_TNH = layout.attend_past(q.unflatten(-1, (-1, attention.head_dim)), layer=number)
-            x_TD = x_TD.add_(attention.o_proj(mixed_TNH.flatten(-2)))
-            normed_TD = self._norm(x_TD, layer.post_attention_layernorm)
-            inner_TF = mlp.gate_proj(normed_TD)
-            self._call("gate_rows", inner_TF, mlp.up_proj(normed_TD), *inner_TF.shape)
-            x_TD = x_TD.add_(mlp.down_proj(inner_TF))
-            if batch.visual_M is not None and number < len(levels):
-                x_TD = x_TD.index_add_(0, batch.visual_M, levels[number].to(x_TD.dtype))
-        return self._norm(x_TD, decoder.norm)
+        x_TD = self.model.token_states(batch, layout=layout, features=features, run_block=self._run_layer)
+        return self._norm(x_TD, self.model.language_model.norm)
+
+    def _run_layer(
+        self, layer: Any, x_TD: Tensor, cos_TH: Tensor, sin_TH: Tensor, layout: Paged
+    ) -> tuple[Tensor, None]:
+        """A decoder layer (layers.RunBlock), written over `x_TD`: torch's matmuls, and between them one pass over memory instead of about
+        thirty (at 512 tokens of 0.6B those take a fifth of the time)."""
+        attention, mlp, number = layer.self_attn, layer.mlp, layer.self_attn.layer
+        normed_TD = self._norm(x_TD, layer.input_layernorm)
+        q, k, v = (project(normed_TD) for project in (attention.q_proj, attention.k_proj, attention.v_proj))
+        pools = (layout.key_LBZKH[number], layout.value_LBZKH[number])
+        rotation = (attention.q_norm.weight, attention.k_norm.weight, cos_TH, sin_TH, layout.slot_T)
+        self._call("place_rows", self._shape, *rotation, q, k, v, *map(_at, pools), len(x_TD))
+        mixed_TNH = layout.attend_past(q.unflatten(-1, (-1, attention.head_dim)), layer=number)
+        x_TD = x_TD.add_(attention.o_proj(mixed_TNH.flatten(-2)))
+        normed_TD = self._norm(x_TD, layer.post_attention_layernorm)
+        inner_TF = mlp.gate_proj(normed_TD)
+        self._call("gate_rows", inner_TF, mlp.up_proj(normed_TD), *inner_TF.shape)
+        return x_TD.add_(mlp.down_proj(inner_TF)), None
 
     def _norm(self, x_TD: Tensor, norm: RMSNorm) -> Tensor:
         out_TD = torch.empty_like(x_TD)

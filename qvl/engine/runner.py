@@ -1,7 +1,6 @@
 """Chunks of sequences through the model: batches and layouts made, visual tokens fetched, logits of those who draw next returned."""
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from qvl.core.batch import Batch, Sample
 from qvl.engine.encoder import Encoder, Visuals
-from qvl.engine.exact import ANSWER_ROWS, PROMPT_QUERIES, PROMPT_ROWS, Segment, Tiled, check_rows, tiled_experts
+from qvl.engine.exact import ANSWER_ROWS, EXACT_BLOCKS, PROMPT_QUERIES, PROMPT_ROWS, Segment, Tiled, check_rows
 from qvl.engine.kernels import MOST_ROWS, KernelPaged, Kernels, Next, fits
 from qvl.engine.kv_cache import KVCache, NewTokens
 from qvl.engine.sampling import Best
@@ -139,10 +138,9 @@ class Runner:
         if self.mode == "fast":
             self._forward_fast(pieces, outcome)
         else:
-            with tiled_experts(self.model) if self.model.config.text.moe else nullcontext():
-                for kind, rows in (("prompt", PROMPT_ROWS), ("answer", ANSWER_ROWS)):
-                    for tile in _tiles(_of_kind(pieces, kind), rows):
-                        self._forward_tile(tile, rows, outcome)
+            for kind, rows in (("prompt", PROMPT_ROWS), ("answer", ANSWER_ROWS)):
+                for tile in _tiles(_of_kind(pieces, kind), rows):
+                    self._forward_tile(tile, rows, outcome)
         outcome.computed += [piece.chunk for piece in pieces]
 
     def _forward_fast(self, pieces: list[_Piece], outcome: Outcome) -> None:
@@ -194,7 +192,7 @@ class Runner:
         batch, features = self._batch(pieces, rows)
         queries = PROMPT_QUERIES if rows == PROMPT_ROWS else 1
         layout = Tiled(self.cache.key_LBZKH, self.cache.value_LBZKH, tuple(segments), queries)
-        hidden_TD = self.model(batch, layout=layout, features=features)
+        hidden_TD = self.model(batch, layout=layout, features=features, blocks=EXACT_BLOCKS)
         last = _last_rows(pieces)
         for low in range(0, len(last), ANSWER_ROWS):
             part = last[low : low + ANSWER_ROWS]

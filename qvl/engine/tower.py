@@ -9,15 +9,15 @@ from torch.nn import functional as F
 from qvl.engine.kernels import attend_many, call, library
 from qvl.engine.prepare import pack_late, packed
 from qvl.model.attention import Packed
-from qvl.model.layers import Linear, RoundedWeight, RunBlock
+from qvl.model.layers import Linear, RoundedWeight, RunBlock, run_plainly
 from qvl.model.qwen3vl import Qwen3VL
 
 PART = 512
 """Patches whose MLP is computed together: its inner numbers, four times as many, stay in cache."""
 
 
-def vision_block(model: Qwen3VL) -> RunBlock | None:
-    """Takes the place of a block's own forward; None where this CPU does not run the kernels, or they do not know the heads.
+def vision_block(model: Qwen3VL) -> RunBlock:
+    """Takes the place of a block's own forward; `run_plainly` where this CPU does not run the kernels, or they do not know the heads.
 
     Floor: a picture of 1024 x 1024 through the tower of 0.6B (24 blocks of width 1024) is 4.3 TFLOP, two fifths of them attention. So
     nothing else may cost: bias, GELU and the sum with what came in are done by the matmul whose numbers they change, and queries and
@@ -25,9 +25,9 @@ def vision_block(model: Qwen3VL) -> RunBlock | None:
     """
     vision, loaded = model.config.vision, library()
     if loaded is None or vision is None or vision.head_dim not in (64, 128):
-        return None
+        return run_plainly
     if model.device.type != "cpu" or model.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
-        return None
+        return run_plainly
 
     def run(block: Any, x_PC: Tensor, cos_PH: Tensor, sin_PH: Tensor, layout: Packed) -> Tensor:
         attention, mlp = block.attn, block.mlp

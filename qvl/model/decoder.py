@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from qvl.model.attention import Layout
 from qvl.model.config import TextConfig
 from qvl.model.layers import MLP, Linear, RMSNorm, RunBlock, run_plainly
-from qvl.model.moe import MoE, RouterStats
+from qvl.model.moe import Dispatch, MoE, RouterStats
 from qvl.model.rope import Rotary, rotate
 
 
@@ -56,20 +56,19 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x_TD: Tensor, cos_TH: Tensor, sin_TH: Tensor, layout: Layout
+        self, x_TD: Tensor, cos_TH: Tensor, sin_TH: Tensor, layout: Layout, *, dispatch: Dispatch | None = None
     ) -> tuple[Tensor, RouterStats | None]:
+        """`dispatch`: another way through a mixture's experts; None picks the local kernel."""
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), cos_TH, sin_TH, layout)
         inner_TD = self.post_attention_layernorm(x_TD)
         if isinstance(self.mlp, MoE):
-            out_TD, stats = self.mlp(inner_TD)
+            out_TD, stats = self.mlp(inner_TD, dispatch)
             return x_TD + out_TD, stats
         return x_TD + self.mlp(inner_TD), None
 
 
 class Decoder(nn.Module):
     """Embedding, all layers, final norm."""
-
-    run_block: RunBlock = staticmethod(run_plainly)
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -86,12 +85,13 @@ class Decoder(nn.Module):
         layout: Layout,
         deepstack: DeepStack | None = None,
         router_out: list[RouterStats] | None = None,
+        run_block: RunBlock = run_plainly,
     ) -> Tensor:
-        """Hidden states before the final norm. `router_out` is filled with one entry for each MoE layer."""
+        """Hidden states before the final norm. `router_out` is filled with one entry for each MoE layer; `run_block` runs each layer."""
         cos_TH, sin_TH = self.rotary(position_3T, x_TD.dtype)
         levels = () if deepstack is None else deepstack.levels
         for number, layer in enumerate(self.layers):
-            x_TD, stats = self.run_block(layer, x_TD, cos_TH, sin_TH, layout)
+            x_TD, stats = run_block(layer, x_TD, cos_TH, sin_TH, layout)
             if router_out is not None and stats is not None:
                 router_out.append(stats)
             if deepstack is not None and number < len(levels):

@@ -9,11 +9,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 RunBlock = Callable[..., Any]
-"""(block, *arguments) -> what the block gives. A trainer hands in another one to throw activations away (train/blocks.py)."""
+"""(block, *arguments) -> what the block gives. The decoder and the vision encoder alone loop over their blocks; whoever calls them hands
+in how one block runs: plainly, recomputed in the backward pass (train/blocks.py), in tiles (engine/exact.py), or by kernels of its own
+(engine/kernels.py, engine/tower.py). One that writes into what came in does so under inference mode only."""
 
 
 def run_plainly(block: nn.Module, *arguments: Any) -> Any:
     return block(*arguments)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """How the blocks of both halves run in one call of the model."""
+
+    vision: RunBlock = run_plainly
+    decoder: RunBlock = run_plainly
+
+
+PLAIN_BLOCKS = Blocks()
 
 
 class Linear(nn.Linear):

@@ -42,16 +42,15 @@ class MoE(nn.Module):
         self.moe = config.moe
         self.gate = nn.Linear(config.hidden_size, config.moe.num_experts, bias=False)
         self.experts = Experts(config.moe.num_experts, config.hidden_size, config.moe.intermediate_size)
-        self.dispatch: Dispatch | None = None
-        """Another way through the experts (exact mode's, a trainer's); None picks the local kernel."""
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, RouterStats]:
+    def forward(self, x_TD: Tensor, dispatch: Dispatch | None = None) -> tuple[Tensor, RouterStats]:
+        """`dispatch` is another way through the experts (exact mode's, a trainer's); None picks the local kernel."""
         # The softmax runs in fp32; the logits come from a matmul in the model's dtype, as in the reference.
         probability_TE = self.gate(x_TD).softmax(dim=-1, dtype=torch.float32)
         weight_TA, expert_TA = probability_TE.topk(self.moe.num_experts_per_tok, dim=-1)
         if self.moe.norm_topk_prob:
             weight_TA = weight_TA / weight_TA.sum(dim=-1, keepdim=True)
-        dispatch = self.dispatch or pick_dispatch(x_TD.device.type, x_TD.dtype)
+        dispatch = dispatch or pick_dispatch(x_TD.device.type, x_TD.dtype)
         out_TD = dispatch(x_TD, expert_TA, weight_TA.to(x_TD.dtype), self.experts)
         count_E = torch.bincount(expert_TA.flatten(), minlength=self.moe.num_experts).float()
         return out_TD, RouterStats(count_E, probability_TE.sum(dim=0), x_TD.shape[0])

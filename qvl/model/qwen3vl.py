@@ -8,7 +8,7 @@ from qvl.core.device import ask_for_large_pages
 from qvl.model.attention import Layout, Packed
 from qvl.model.config import ModelConfig
 from qvl.model.decoder import Decoder, DeepStack, embed
-from qvl.model.layers import Linear, PackedWeight, RunBlock, linear
+from qvl.model.layers import PLAIN_BLOCKS, Blocks, Linear, PackedWeight, RunBlock, linear, run_plainly
 from qvl.model.moe import Experts, RouterStats
 from qvl.model.vision import Vision, VisualFeatures, sincos_table
 
@@ -38,29 +38,49 @@ class Qwen3VL(nn.Module):
         layout: Layout | None = None,
         features: VisualFeatures | None = None,
         router_out: list[RouterStats] | None = None,
+        blocks: Blocks = PLAIN_BLOCKS,
     ) -> Tensor:
         """Hidden states after the final norm, (T, D): hand the rows you need to `logits`.
 
         `layout` says where keys and values are; None packs the batch's sequences. `features` are visual tokens encoded earlier
-        (an encoder cache); None encodes the batch's patches.
+        (an encoder cache); None encodes the batch's patches. `blocks` says how each block runs.
         """
         if features is None and batch.patch_PX is not None:
-            features = self.encode(batch)
+            features = self.encode(batch, run_block=blocks.vision)
+        x_TD = self.token_states(
+            batch,
+            layout=layout or Packed(batch.lengths, is_causal=True),
+            features=features,
+            router_out=router_out,
+            run_block=blocks.decoder,
+        )
+        return self.language_model.norm(x_TD)
+
+    def token_states(
+        self,
+        batch: Batch,
+        *,
+        layout: Layout,
+        features: VisualFeatures | None,
+        router_out: list[RouterStats] | None = None,
+        run_block: RunBlock = run_plainly,
+    ) -> Tensor:
+        """Hidden states before the final norm, (T, D): embedding and all layers, with `features` at the visual tokens."""
         x_TD = embed(self.language_model, batch.token_T, batch.visual_M, features.merged_MD if features else None)
         deepstack = None
         if features is not None and batch.visual_M is not None:
             deepstack = DeepStack(features.deepstack, batch.visual_M)
-        x_TD = self.language_model(
+        return self.language_model(
             x_TD,
             position_3T=batch.position_3T,
-            layout=layout or Packed(batch.lengths, is_causal=True),
+            layout=layout,
             deepstack=deepstack,
             router_out=router_out,
+            run_block=run_block,
         )
-        return self.language_model.norm(x_TD)
 
     def encode(
-        self, batch: Batch, *, max_patches: int | None = None, run_block: RunBlock | None = None
+        self, batch: Batch, *, max_patches: int | None = None, run_block: RunBlock = run_plainly
     ) -> VisualFeatures:
         """The batch's images and frames through the vision tower and the mergers."""
         if self.config.vision is None:

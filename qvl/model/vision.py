@@ -117,8 +117,6 @@ class VisionBlock(nn.Module):
 class Vision(nn.Module):
     """Patch embedding + interpolated position table, blocks with 2D-RoPE and full attention inside each frame, mergers."""
 
-    run_block: RunBlock = staticmethod(run_plainly)
-
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
@@ -137,10 +135,10 @@ class Vision(nn.Module):
         frame_lengths: tuple[int, ...],
         *,
         max_patches: int | None = None,
-        run_block: RunBlock | None = None,
+        run_block: RunBlock = run_plainly,
     ) -> VisualFeatures:
         """`max_patches` runs whole frames in chunks of at most that many patches (a larger frame alone), to bound memory.
-        `run_block` takes the place of the tower's own for this call.
+        `run_block` runs each block.
 
         Frames do not see each other, so chunking changes nothing but the memory.
         """
@@ -154,21 +152,21 @@ class Vision(nn.Module):
             start = rows.stop
         return joined(features)
 
-    def patch_states(self, patch_PX: Tensor, grid_I3: Tensor, frame_lengths: tuple[int, ...]) -> Tensor:
+    def patch_states(
+        self, patch_PX: Tensor, grid_I3: Tensor, frame_lengths: tuple[int, ...], *, run_block: RunBlock = run_plainly
+    ) -> Tensor:
         """Patches after the last block, before any merger (P, C): what the vision pre-stage trains."""
         places = self._places(patch_PX, grid_I3, frame_lengths)
-        return self._states(patch_PX, places, Packed(frame_lengths, is_causal=False))
+        return self._states(patch_PX, places, Packed(frame_lengths, is_causal=False), run_block)
 
     def _places(self, patch_PX: Tensor, grid_I3: Tensor, frame_lengths: tuple[int, ...]) -> PatchPlaces:
         if sum(frame_lengths) != patch_PX.shape[0]:
             raise ValueError(f"{patch_PX.shape[0]} patches came, but the grids say {sum(frame_lengths)}.")
         return patch_places(grid_I3, frame_lengths, self.config.spatial_merge_size)
 
-    def _encode(
-        self, patch_PX: Tensor, places: PatchPlaces, layout: Layout, run_block: RunBlock | None
-    ) -> VisualFeatures:
+    def _encode(self, patch_PX: Tensor, places: PatchPlaces, layout: Layout, run_block: RunBlock) -> VisualFeatures:
         deepstack: list[Tensor] = []
-        x_PC = self._states(patch_PX, places, layout, deepstack_out=deepstack, run_block=run_block)
+        x_PC = self._states(patch_PX, places, layout, run_block, deepstack_out=deepstack)
         return VisualFeatures(self.merger(x_PC), tuple(deepstack))
 
     def _states(
@@ -176,15 +174,15 @@ class Vision(nn.Module):
         patch_PX: Tensor,
         places: PatchPlaces,
         layout: Layout,
+        run_block: RunBlock,
         *,
         deepstack_out: list[Tensor] | None = None,
-        run_block: RunBlock | None = None,
     ) -> Tensor:
         x_PC = self.patch_embed(patch_PX)
         x_PC = x_PC + interpolate_table(self.pos_embed.weight, places).to(x_PC.dtype)
         cos_PH, sin_PH = rotary_2d(places, self.config.head_dim)
         for index, block in enumerate(self.blocks):
-            x_PC = (run_block or self.run_block)(block, x_PC, cos_PH, sin_PH, layout)
+            x_PC = run_block(block, x_PC, cos_PH, sin_PH, layout)
             if deepstack_out is not None and index in self.config.deepstack_visual_indexes:
                 level = self.config.deepstack_visual_indexes.index(index)
                 deepstack_out.append(self.deepstack_merger_list[level](x_PC))

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from qvl.core.batch import Batch
 from qvl.model.config import ModelConfig
 from qvl.model.flops import pool_flops, text_tower_flops, vision_flops
+from qvl.model.layers import PLAIN_BLOCKS, Blocks, RunBlock, run_plainly
 from qvl.model.pack import frame_lengths
 from qvl.model.pool import AttentionPool, load_pool, new_pool
 from qvl.model.qwen3vl import Qwen3VL
@@ -100,9 +101,9 @@ class Contrastive(nn.Module):
     def prepare(self, micro: Micro) -> Prepared:
         return Prepared(micro, float(len(_captioned(micro).caption_ST)))
 
-    def forward(self, prepared: Prepared, denominator: float, world: World) -> Outcome:
+    def forward(self, prepared: Prepared, denominator: float, world: World, blocks: Blocks = PLAIN_BLOCKS) -> Outcome:
         pack = _captioned(prepared.micro)
-        image_IC = self.embed_pictures(pack.batch)
+        image_IC = self.embed_pictures(pack.batch, run_block=blocks.vision)
         device = image_IC.device
         caption_id_I = pack.caption_id_S.to(device)
         text_SC = gather_rows(self.embed_captions(pack.caption_ST), world)
@@ -118,12 +119,12 @@ class Contrastive(nn.Module):
         flops = pre_stage_flops(self.model.config, self.text.config, pack.batch.frame_lengths, len(pack.caption_ST))
         return Outcome(nll_I.sum() / denominator, sums, flops)
 
-    def embed_pictures(self, batch: Batch) -> Tensor:
+    def embed_pictures(self, batch: Batch, *, run_block: RunBlock = run_plainly) -> Tensor:
         """fp32 unit vectors, one a picture (I, C)."""
         visual = self.model.visual
         batch = batch.to(self.log_scale.device)
         assert batch.patch_PX is not None and batch.grid_I3 is not None
-        x_PC = visual.patch_states(batch.patch_PX, batch.grid_I3, batch.frame_lengths)
+        x_PC = visual.patch_states(batch.patch_PX, batch.grid_I3, batch.frame_lengths, run_block=run_block)
         return F.normalize(self.pool(self.post_norm(x_PC), batch.frame_lengths).float(), dim=-1)
 
     def embed_captions(self, caption_ST: Tensor) -> Tensor:

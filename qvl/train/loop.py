@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ from torch import nn
 from qvl.core.log import JsonlWriter, log, read_jsonl
 from qvl.model.qwen3vl import Qwen3VL
 from qvl.parallel.data_parallel import World, shard, sum_over_replicas, total_norm
-from qvl.train.blocks import blocks_as_told
+from qvl.train.blocks import compiled_blocks, training_blocks
 from qvl.train.checkpoint import Saved, newest, restore_optimizer, restore_weights, save_run
 from qvl.train.guard import SpikeGuard
 from qvl.train.metrics import averages, memory_bytes, peak_flops, work
@@ -105,12 +106,7 @@ def fit(
     taken again. `settings` (JSON) and the config are kept in the checkpoint, and a resume under other ones is refused. Returns the step
     that was reached.
     """
-    with blocks_as_told(
-        objective.model,
-        checkpoint_vision=config.checkpoint_vision,
-        checkpoint_decoder=config.checkpoint_decoder,
-        compiled=config.compile,
-    ):
+    with compiled_blocks(objective.model) if config.compile else nullcontext():
         return _fit(objective, stream, config, out, world, watchers, stop_after, should_stop, settings or {})
 
 
@@ -187,6 +183,9 @@ class _Run:
     ) -> None:
         self.objective, self.stream, self.optimizer = objective, stream, optimizer
         self.config, self.out, self.world, self.settings = config, out, world, settings
+        self.blocks = training_blocks(
+            checkpoint_vision=config.checkpoint_vision, checkpoint_decoder=config.checkpoint_decoder
+        )
         self.guard = SpikeGuard(sigmas=config.spike_sigmas)
         self.step = 0
         self._went_back, self._went_to = 0, 0
@@ -239,7 +238,7 @@ class _Run:
         outcomes = []
         torch.manual_seed(hash((self.config.seed, self.step, self.world.rank)))
         for one in prepared:
-            outcome = self.objective(one, denominator, self.world)
+            outcome = self.objective(one, denominator, self.world, self.blocks)
             outcome.loss.backward()
             self.optimizer.gather()
             outcomes.append(outcome)

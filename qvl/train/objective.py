@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from qvl.core.batch import Batch
 from qvl.model.flops import forward_flops
+from qvl.model.layers import PLAIN_BLOCKS, Blocks, RunBlock
 from qvl.model.moe import RouterStats, load_balancing_loss
 from qvl.model.qwen3vl import Qwen3VL
 from qvl.model.vision import VisualFeatures
@@ -63,11 +64,13 @@ class Objective(Protocol):
         """Looks at a pack before the first forward of its step."""
         ...
 
-    def __call__(self, prepared: Prepared, denominator: float, world: World) -> Outcome: ...
+    def __call__(self, prepared: Prepared, denominator: float, world: World, blocks: Blocks = ...) -> Outcome:
+        """`blocks` says how the model's blocks run: as they are, or recomputed in the backward pass."""
+        ...
 
 
 Forward = Callable[..., Tensor]
-"""(batch, router_out=list) -> hidden_TD: the model itself, or a stand for it that shards the layout or knows features already."""
+"""(batch, router_out=list, blocks=Blocks) -> hidden_TD: the model itself, or what shards the layout or knows features already."""
 
 
 class NextToken(nn.Module):
@@ -101,14 +104,14 @@ class NextToken(nn.Module):
         aim = targets(micro.batch, power=self.power)
         return Prepared(micro, aim.denominator(self.kind), aim)
 
-    def forward(self, prepared: Prepared, denominator: float, world: World) -> Outcome:
+    def forward(self, prepared: Prepared, denominator: float, world: World, blocks: Blocks = PLAIN_BLOCKS) -> Outcome:
         micro, aim = prepared.micro, prepared.targets
         assert aim is not None
         device = self.model.head_weight.device
         batch, moved = micro.batch.to(device), aim.to(device)
         router: list[RouterStats] = []
-        idle = self._black() if self.see_always and batch.patch_PX is None else None
-        hidden_TD = self._hidden(batch, router_out=router)
+        idle = self._black(blocks.vision) if self.see_always and batch.patch_PX is None else None
+        hidden_TD = self._hidden(batch, router_out=router, blocks=blocks)
         loss, nll_R = self.cross_entropy(
             hidden_TD[moved.row_R], self.model.head_weight, moved.label_R, moved.weight_R / denominator
         )
@@ -128,14 +131,14 @@ class NextToken(nn.Module):
         )
         return Outcome(loss, sums, flops.training)
 
-    def _black(self) -> Tensor:
+    def _black(self, run_block: RunBlock) -> Tensor:
         """Zero-weight sum of the features of one merge block, DeepStack included."""
         vision = self.model.config.vision
         assert vision is not None
         device, side = self.model.head_weight.device, vision.spatial_merge_size
         patch_PX = torch.zeros(side * side, vision.patch_numbers, device=device)
         grid_I3 = torch.tensor([[1, side, side]], device=device)
-        features: VisualFeatures = self.model.visual(patch_PX, grid_I3, (side * side,))
+        features: VisualFeatures = self.model.visual(patch_PX, grid_I3, (side * side,), run_block=run_block)
         return features.merged_MD.float().sum() + sum(level.float().sum() for level in features.deepstack)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qvl.core.batch import Batch
+from qvl.model.layers import PLAIN_BLOCKS, Blocks, RunBlock, run_plainly
 from qvl.model.qwen3vl import Qwen3VL
 from qvl.parallel.data_parallel import World
 from qvl.train.objective import Micro, Outcome, Prepared
@@ -111,9 +112,9 @@ class Dense(nn.Module):
     def prepare(self, micro: Micro) -> Prepared:
         return Prepared(micro, float(len(_labelled(micro).labels.thing_P)))
 
-    def forward(self, prepared: Prepared, denominator: float, world: World) -> Outcome:
+    def forward(self, prepared: Prepared, denominator: float, world: World, blocks: Blocks = PLAIN_BLOCKS) -> Outcome:
         pack = _labelled(prepared.micro)
-        said = self.read(pack.batch)
+        said = self.read(pack.batch, run_block=blocks.vision)
         losses = patch_losses(said, pack.labels) | token_losses(said, pack.labels)
         # Each head's mean over the patches that have its label; packs of a step and ranks weigh by their patches.
         mean = sum((self.weights.get(name, 1.0) * loss_R.mean() for name, loss_R in losses.items()), torch.zeros(()))
@@ -124,11 +125,11 @@ class Dense(nn.Module):
         sums["loss"] = (mean.detach(), 1.0)
         return Outcome(mean * (prepared.denominator / denominator), sums)
 
-    def read(self, batch: Batch) -> dict[str, Tensor]:
+    def read(self, batch: Batch, *, run_block: RunBlock = run_plainly) -> dict[str, Tensor]:
         """Each head's logits, fp32: for every patch, or for every visual token, which is four of them."""
-        assert batch.patch_PX is not None and batch.grid_I3 is not None
         batch = batch.to(self.head.weight.device)
-        x_PC = self.model.visual.patch_states(batch.patch_PX, batch.grid_I3, batch.frame_lengths)  # type: ignore[arg-type]
+        assert batch.patch_PX is not None and batch.grid_I3 is not None
+        x_PC = self.model.visual.patch_states(batch.patch_PX, batch.grid_I3, batch.frame_lengths, run_block=run_block)
         patches = self.head(self.merger.norm(x_PC)).float().split(list(self.sizes.values()), dim=-1)
         # As the decoder's first norm hands tokens on, so that only their direction counts.
         merged_MD = F.rms_norm(self.merger(x_PC).float(), [self.directions.shape[1]])
