@@ -424,7 +424,7 @@ def test_what_is_missing_is_said_in_one_sentence(bare_small, small, tmp_path):
         Processor.from_folder(bare_small)
     text_only = Processor.from_folder(bare_small, template="instruct")
     assert text_only([system("s"), user("q")]).visuals == ()
-    with pytest.raises(ValueError, match=r"no preprocessor_config\.json, so the size of pictures is unknown"):
+    with pytest.raises(ValueError, match=r"no preprocessor_config\.json, so the size of images is unknown"):
         text_only([user(Image(pixels(32, 32)))])
     folder = Path(shutil.copytree(small, tmp_path / "model"))
     config = json.loads((folder / "preprocessor_config.json").read_text())

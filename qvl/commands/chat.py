@@ -14,17 +14,18 @@ from rich.text import Text as Styled
 
 from qvl.commands.generate import (
     Answering,
-    Loaded,
-    MediaLoader,
     MediaOptions,
+    facts_of,
+    media_loader,
     open_session,
-    prepared,
     processor_of,
+    reporting,
     voices_of,
 )
 from qvl.engine.generate import Event
 from qvl.prompt.coordinates import Box3D, Boxes, read_boxes
-from qvl.prompt.message import ContentPart, Document, Image, Message, Thinking, system, user
+from qvl.prompt.media import MediaItem, MediaLoader
+from qvl.prompt.message import ContentPart, Document, Image, Message, Thinking, Video, system, user
 from qvl.prompt.openai import messages_to_dicts
 from qvl.session import Session
 from qvl.show.draw import draw_places
@@ -63,7 +64,7 @@ def run(args: Chat) -> int:
         processor = processor_of(args)
         session = open_session(args, processor, say)
     # The status line is gone while a person types; each wait opens its own.
-    with MediaLoader.worker(lambda words: None, processor) as loader:
+    with media_loader(lambda words: None, processor) as loader:
         talk = Talk(args=args, session=session, loader=loader)
         talk.reset()
         if sys.stdin.isatty():
@@ -83,10 +84,10 @@ class Talk:
     loader: MediaLoader
     messages: list[Message] = field(default_factory=list)
     """With files by name, as /save writes them."""
-    waiting: list[ContentPart] = field(default_factory=list)
+    shown: list[Message] = field(default_factory=list)
+    """The same with the files loaded, as the model reads them: a video is decoded once, not again each turn."""
+    waiting: list[tuple[ContentPart, list[MediaItem]]] = field(default_factory=list)
     """Attached, not yet sent."""
-    loaded: dict[int, Loaded] = field(default_factory=dict)
-    """What each attached part became, by its identity: a video is decoded once, not again each turn."""
     last_picture: Pillow.Image | None = None
     last_boxes: Boxes | None = None
     console: Console = field(default_factory=lambda: Console(highlight=False, soft_wrap=True))
@@ -147,11 +148,11 @@ class Talk:
     def attach(self, kind: str, rest: str) -> None:
         name = file_name(kind, rest)
         part = self.args.part(kind, name)
+        assert isinstance(part, Image | Video | Document)
         with telling() as say:
-            loaded = self.loader.watched_by(say).load(part)
-        self.loaded[id(part)] = loaded
-        self.waiting.append(part)
-        for facts in loaded.facts():
+            items = list(reporting(self.loader, say).load(part))
+        self.waiting.append((part, items))
+        for facts in facts_of(items):
             t, h, w = facts["grid_thw"]
             size = "x".join(map(str, facts["size"]))
             frames = f"{t} slices of two frames, " if kind == "video" else ""
@@ -171,7 +172,7 @@ class Talk:
 
     def reset(self) -> None:
         self.messages = [] if self.args.system is None else [system(self.args.system)]
-        self.waiting, self.loaded = [], {}
+        self.shown, self.waiting = list(self.messages), []
         self.last_picture = self.last_boxes = None
 
     def help(self) -> None:
@@ -201,15 +202,16 @@ class Talk:
     # ---- the talk
 
     def say(self, words: str) -> None:
-        message = user(*self.waiting, words)
-        turn = [*self.messages, message]
+        sent = [item for _, items in self.waiting for item in items]
+        shown = [*self.shown, user(*(item.part for item in sent), words)]
         with telling() as say:
-            encoded = self.session.processor([prepared(m, self.loaded) for m in turn])
+            encoded = self.session.processor(shown)
             answer = self.session.answer(encoded.sample, say)
             first = next(answer)
         # From here on the words are said, whether the answer is heard to its end or not.
-        self.messages, self.waiting = turn, []
-        self.last_picture = last_picture(turn, self.loaded)
+        self.messages.append(user(*(part for part, _ in self.waiting), words))
+        self.shown, self.waiting = shown, []
+        self.last_picture = picture_of(sent) or self.last_picture
         events = [first]
         printer = Printer(voices_of(self.session), hide_thinking=self.args.hide_thinking)
         is_stopped = False
@@ -232,6 +234,7 @@ class Talk:
         if not self.session.processor.starts_in_thought:
             message = Message("assistant", tuple(part for part in message.parts if not isinstance(part, Thinking)))
         self.messages.append(message)
+        self.shown.append(message)
         for problem in parsed.problems:
             self.console.print(Styled(printable(problem), style="dim"))
         boxes = read_boxes(message.text)
@@ -261,16 +264,14 @@ def file_name(command: str, rest: str) -> str:
     return words[0] if len(words) == 1 else rest
 
 
-def last_picture(messages: Sequence[Message], loaded: dict[int, Loaded]) -> Pillow.Image | None:
-    """The last image or PDF page that the person sent, at its own size where it is known."""
-    parts = [part for message in messages for part in message.content if isinstance(part, Image | Document)]
-    if not parts:
+def picture_of(items: Sequence[MediaItem]) -> Pillow.Image | None:
+    """The last image or PDF page among them, at its own size where it is known."""
+    item = next((item for item in reversed(items) if item.kind != "video"), None)
+    if item is None:
         return None
-    item = loaded[id(parts[-1])]
     if item.raster is not None:
         return Pillow.fromarray(item.raster.permute(1, 2, 0).contiguous().numpy())
-    visual = item.visuals[-1]
-    [[picture, _]] = frames_of(visual.patch_PX, visual.grid_I3)
+    [[picture, _]] = frames_of(item.visual.patch_PX, item.visual.grid_I3)
     return picture
 
 

@@ -4,12 +4,10 @@ import json
 import shlex
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar
-
-from torch import Tensor
 
 from qvl.commands.cli import take_in_order
 from qvl.core.config import did_you_mean
@@ -20,15 +18,11 @@ from qvl.outside.fetch import Fetcher
 from qvl.outside.hub import resolve
 from qvl.outside.media import MediaLimits
 from qvl.outside.workers import Decoder, WorkerPool
-from qvl.prompt.budget import ImageBudget
-from qvl.prompt.document import load_document
-from qvl.prompt.image import image_patches, load_image
+from qvl.prompt.media import MediaItem, MediaLoader, Opener, name_of
 from qvl.prompt.message import ContentPart, Document, Image, Message, Text, Video, system, user
 from qvl.prompt.placeholder import Form
-from qvl.prompt.processor import Processor, Template, image_budget_for, video_sampling_for
+from qvl.prompt.processor import Processor, Template
 from qvl.prompt.sampling import VideoSampling
-from qvl.prompt.video import load_video
-from qvl.prompt.visual import Visual
 from qvl.session import Session
 from qvl.show.terminal import Printer, Say, Voices, telling
 
@@ -191,16 +185,16 @@ def run(args: Generate) -> int:
         # Media before weights: a wrong file name is answered at once.
         processor = processor_of(args)
         messages = args.messages()
-        with MediaLoader.worker(say, processor) as loader:
-            loaded = loader.load_all(messages)
-        encoded = processor([prepared(message, loaded) for message in messages])
+        with media_loader(say, processor) as loader:
+            shown, items = loader.load_all(messages)
+        encoded = processor(shown)
         session = open_session(args, processor, say, num_logprobs=args.logprobs)
         events = session.answer(encoded.sample, say)
         first = next(events)
     whole = chain([first], events)
     if args.json:
-        media = [facts for item in loaded.values() for facts in item.facts()]
-        print(json.dumps(report(session, list(whole), encoded.sample.num_tokens, media), ensure_ascii=False))
+        found = report(session, list(whole), encoded.sample.num_tokens, facts_of(items))
+        print(json.dumps(found, ensure_ascii=False))
         return 0
     printer = Printer(voices_of(session), hide_thinking=args.hide_thinking)
     for event in whole if args.stream else list(whole):
@@ -282,128 +276,64 @@ def quickstart_model() -> str:
 # ---- media --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class Loaded:
-    """One medium of a message, as the network gets it."""
-
-    kind: Literal["image", "video", "pdf"]
-    name: str
-    visuals: tuple[Visual, ...]
-    """One; of a PDF one for each page."""
-    raster: Tensor | None = field(default=None, repr=False)
-    """A picture at its own size, uint8 (3, height, width)."""
-
-    def facts(self) -> list[dict[str, Any]]:
-        """For --json: one entry for each visual."""
-        count = len(self.visuals)
-        return [
-            {
-                "kind": self.kind,
-                "name": self.name if self.kind != "pdf" else f"{self.name} ({i + 1} of {count})",
-                "grid_thw": grid_of(visual),
-                "num_tokens": visual.num_tokens,
-                "size": [visual.width, visual.height],
-                "source_size": [visual.source_width, visual.source_height],
-                "timestamps": None if visual.seconds is None else list(visual.seconds),
-                "frame_indices": None if visual.frame_indices is None else list(visual.frame_indices),
-                "fps": visual.fps,
-                "notes": list(visual.notes),
-            }
-            for i, visual in enumerate(self.visuals)
-        ]
+@contextmanager
+def media_loader(say: Say, processor: Processor | None = None) -> Iterator[MediaLoader]:
+    """With the budgets of the processor, or the published ones. Media are decoded in a process that may crash without us."""
+    # A person waits and may press Ctrl-C: the time limit only ends what hangs.
+    with WorkerPool(MediaLimits(max_seconds=3600)) as pool:
+        loader = MediaLoader() if processor is None else processor.media_loader()
+        yield reporting(replace(loader, decoder=pool, keeps_raster=True), say)
 
 
-def grid_of(visual: Visual) -> list[int]:
-    """(t, h, w) of the whole visual, as Hugging Face counts."""
-    return [len(visual.grid_I3), *visual.grid_I3[0, 1:].tolist()]
+def reporting(loader: MediaLoader, say: Say) -> MediaLoader:
+    """The same loader; what it opens, fetches and decodes is reported to `say`, and to nobody else."""
+    inner = loader.decoder.inner if isinstance(loader.decoder, Watched) else loader.decoder
+    assert inner is not None
+    return replace(loader, decoder=Watched(inner, say), open=opener(inner.limits, say))
 
 
-def prepared(message: Message, loaded: dict[int, Loaded]) -> Message:
-    """The message with its media replaced by what they became; `loaded` goes by the identity of the part."""
-    content: list[ContentPart] = []
-    for part in message.content:
-        item = loaded.get(id(part))
-        if item is None:
-            content.append(part)
-        elif item.kind == "video":
-            content += [Video(visual) for visual in item.visuals]
-        else:
-            content += [Image(visual) for visual in item.visuals]
-    return message.with_content(content)
+def opener(limits: MediaLimits, say: Say) -> Opener:
+    """An address the person typed is fetched from whatever public host it names; files are opened where they are used."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class MediaLoader:
-    """Media to patches, decoded in a process that may crash without us; errors name the file."""
-
-    decoder: Decoder
-    say: Say
-    images: ImageBudget | None = field(default_factory=ImageBudget)
-    videos: VideoSampling | None = field(default_factory=VideoSampling)
-    folder: str = ""
-
-    @classmethod
-    @contextmanager
-    def worker(cls, say: Say, processor: Processor | None = None) -> "Iterator[MediaLoader]":
-        """With the budgets of the processor, or the published ones."""
-        # A person waits and may press Ctrl-C: the time limit only ends what hangs.
-        with WorkerPool(MediaLimits(max_seconds=3600)) as pool:
-            loader = cls(decoder=Watched(pool, say), say=say)
-            if processor is not None:
-                budgets = {"images": processor.image_budget, "videos": processor.video_sampling}
-                loader = replace(loader, folder=str(processor.folder.path), **budgets)
-            yield loader
-
-    def watched_by(self, say: Say) -> "MediaLoader":
-        """The same, with somebody else told."""
-        inner = self.decoder.inner if isinstance(self.decoder, Watched) else self.decoder
-        return replace(self, decoder=Watched(inner, say), say=say)
-
-    def load_all(self, messages: Sequence[Message]) -> dict[int, Loaded]:
-        """Every medium of the messages, by the identity of its part (parts may be equal and need not be hashable)."""
-        parts = [part for message in messages for part in message.content if not isinstance(part, Text)]
-        return {id(part): self.load(part) for part in parts}
-
-    def load(self, part: ContentPart) -> Loaded:
-        assert isinstance(part, Image | Video | Document)
-        if self.images is None or self.videos is None:
-            raise ValueError(
-                f"{self.folder} has no preprocessor_config.json, so the size of pictures is unknown; "
-                "copy that file from the base model's folder."
-            )
-        name = str(part.source)
-        name = name if len(name) <= 200 else name[:60] + "..."  # a data URI
-        self.say(f"opening {name}")
-        try:
-            with self._opened(part.source) as source:
-                return self._loaded(part, name, source)
-        except ValueError as error:
-            if name in str(error):
-                raise
-            raise ValueError(f"{name}: {error}") from error
-
-    def _loaded(self, part: Image | Video | Document, name: str, source: Any) -> Loaded:
-        assert self.images is not None and self.videos is not None
-        if isinstance(part, Video):
-            video = load_video(source, video_sampling_for(self.videos, part), self.decoder)
-            return Loaded(kind="video", name=name, visuals=(video,))
-        if isinstance(part, Document):
-            budget = image_budget_for(self.images, None, part.max_tokens)
-            return Loaded(kind="pdf", name=name, visuals=tuple(load_document(source, part.pages, budget, self.decoder)))
-        raster = load_image(source, self.decoder)
-        visual = image_patches(raster, image_budget_for(self.images, part.min_tokens, part.max_tokens))
-        return Loaded(kind="image", name=name, visuals=(visual,), raster=raster)
-
-    @contextmanager
-    def _opened(self, source: Any) -> Iterator[Any]:
-        """An address the person typed is fetched from whatever public host it names; files are opened where they are used."""
+    def opened(source: Any) -> Any:
+        say(f"opening {name_of(source)}")
         if not (isinstance(source, str) and source.lower().startswith(("https://", "http://"))):
-            yield source
-            return
-        self.say(f"fetching {source}")
-        fetcher = Fetcher(allow_domains=("*",), max_bytes=self.decoder.limits.max_bytes, seconds=600)
-        with fetcher.open(source) as file:
-            yield file
+            return source
+        say(f"fetching {source}")
+        return Fetcher(allow_domains=("*",), max_bytes=limits.max_bytes, seconds=600).open(source)
+
+    return opened
+
+
+def facts_of(items: Sequence[MediaItem]) -> list[dict[str, Any]]:
+    """For --json: one entry for each image, video or page."""
+    return [
+        {
+            "kind": "pdf" if item.kind == "page" else item.kind,
+            "name": name,
+            "grid_thw": item.grid_thw,
+            "num_tokens": item.visual.num_tokens,
+            "size": [item.visual.width, item.visual.height],
+            "source_size": [item.visual.source_width, item.visual.source_height],
+            "timestamps": None if item.visual.seconds is None else list(item.visual.seconds),
+            "frame_indices": None if item.visual.frame_indices is None else list(item.visual.frame_indices),
+            "fps": item.visual.fps,
+            "notes": list(item.visual.notes),
+        }
+        for item, name in zip(items, names_of(items), strict=True)
+    ]
+
+
+def names_of(items: Sequence[MediaItem]) -> list[str]:
+    """As files were named; pages are counted: `paper.pdf (2 of 9)`."""
+    names: list[str] = []
+    total = 0
+    for i in reversed(range(len(items))):
+        page = items[i].page
+        if page is not None and (i + 1 == len(items) or items[i + 1].page != page + 1):
+            total = page
+        names.append(items[i].name if page is None else f"{items[i].name} ({page} of {total})")
+    return names[::-1]
 
 
 class Watched:

@@ -12,11 +12,12 @@ from rich.table import Table
 from torch import Tensor
 
 from qvl.commands import generate
-from qvl.commands.generate import Answering, Asking, Loaded, MediaLoader, open_session, prepared, processor_of
+from qvl.commands.generate import Answering, Asking, facts_of, media_loader, names_of, open_session, processor_of
 from qvl.core.batch import Batch, Sample
 from qvl.model.config import ModelConfig, read_config
 from qvl.model.look import layers_named, look
 from qvl.model.pack import pack
+from qvl.prompt.media import MediaItem
 from qvl.prompt.processor import Processor, Template
 from qvl.prompt.tokenizer import Tokenizer
 from qvl.prompt.visual import MERGE, Visual
@@ -68,9 +69,8 @@ def parse(argv: Sequence[str], read: Callable[[Sequence[str]], Inspect]) -> Insp
 class Seen:
     """Everything that was found out."""
 
-    loaded: Sequence[Loaded]
-    visuals: Sequence[Visual] = ()
-    """Of all media, in the order of the prompt."""
+    media: Sequence[MediaItem]
+    """In the order of the prompt."""
     pads: frozenset[int] = frozenset()
     """Ids of the placeholders."""
     prompt: str | None = None
@@ -81,6 +81,10 @@ class Seen:
     weights: Tensor | None = None
     """fp32 (answer tokens, all tokens): attention averaged over heads and layers."""
     layers: Sequence[int] = ()
+
+    @property
+    def visuals(self) -> list[Visual]:
+        return [item.visual for item in self.media]
 
 
 def run(args: Inspect) -> int:
@@ -126,15 +130,15 @@ def check(args: Inspect) -> None:
 
 def see(args: Inspect, processor: Processor | None, say: Say) -> Seen:
     messages = args.messages()
-    with MediaLoader.worker(say, processor) as loader:
+    with media_loader(say, processor) as loader:
         if processor is None:
             loader = replace(loader, videos=args.video_sampling() or loader.videos)
-        loaded = loader.load_all(messages)
-    seen = Seen(loaded=list(loaded.values()), visuals=[v for item in loaded.values() for v in item.visuals])
+        shown, media = loader.load_all(messages)
+    seen = Seen(media=media)
     if processor is None:
         return seen
     assert args.model is not None
-    encoded = processor([prepared(message, loaded) for message in messages])
+    encoded = processor(shown)
     sample, answer = encoded.sample, []
     config = read_config(processor.folder.path)
     session = None
@@ -177,7 +181,7 @@ def weights_of_answer(session: Session, batch: Batch, count: int, layers: Sequen
 
 def report(seen: Seen, processor: Processor | None) -> dict[str, Any]:
     """What --json prints. `grid_thw`, `num_tokens` and `timestamps` have one entry for each medium (each page of a PDF)."""
-    media = [facts for item in seen.loaded for facts in item.facts()]
+    media = facts_of(seen.media)
     found: dict[str, Any] = {
         "grid_thw": [facts["grid_thw"] for facts in media],
         "num_tokens": [facts["num_tokens"] for facts in media],
@@ -210,12 +214,12 @@ def show(seen: Seen) -> None:
     table.add_column("medium", overflow="fold")
     for name in ("source", "resized", "grid t x h x w", "tokens"):
         table.add_column(name, justify="right")
-    for facts in (facts for item in seen.loaded for facts in item.facts()):
+    for facts in facts_of(seen.media):
         sizes = ["x".join(map(str, facts[key])) for key in ("source_size", "size", "grid_thw")]
         table.add_row(printable(facts["name"]), *sizes, f"{facts['num_tokens']:,}")
-    if seen.loaded:
+    if seen.media:
         console.print(table)
-    for facts in (facts for item in seen.loaded for facts in item.facts()):
+    for facts in facts_of(seen.media):
         if facts["timestamps"]:
             times = " ".join(f"{second:.1f}" for second in facts["timestamps"])
             console.print(f"seconds of {printable(facts['name'])}: {times}", markup=False)
@@ -230,10 +234,8 @@ def show(seen: Seen) -> None:
 
 
 def inspection(args: Inspect, seen: Seen, processor: Processor | None) -> Inspection:
-    names = ", ".join(Path(item.name).name for item in seen.loaded)
-    shown = Inspection(
-        title=f"Inspection of {names or 'a prompt'}", media=[m for item in seen.loaded for m in media_of(item)]
-    )
+    names = ", ".join(Path(item.name).name for item in seen.media if item.page in (None, 1))
+    shown = Inspection(title=f"Inspection of {names or 'a prompt'}", media=media_of(seen.media))
     if processor is None or seen.sample is None or seen.position_3T is None:
         return shown
     config = read_config(processor.folder.path)
@@ -247,10 +249,11 @@ def inspection(args: Inspect, seen: Seen, processor: Processor | None) -> Inspec
     )
 
 
-def media_of(item: Loaded) -> list[Medium]:
+def media_of(items: Sequence[MediaItem]) -> list[Medium]:
     shown = []
-    for visual, facts in zip(item.visuals, item.facts(), strict=True):
-        t, h, w = facts["grid_thw"]
+    for item, name in zip(items, names_of(items), strict=True):
+        visual = item.visual
+        t, h, w = item.grid_thw
         rows = [
             ("source", f"{visual.source_width} x {visual.source_height} pixels"),
             ("resized to", f"{visual.width} x {visual.height} pixels"),
@@ -260,17 +263,17 @@ def media_of(item: Loaded) -> list[Medium]:
         if visual.kind == "image":
             [[picture, _]] = frames_of(visual.patch_PX, visual.grid_I3)
             caption = "As the network sees it; each cell is one token."
-            shown.append(Medium(title=facts["name"], facts=rows, pictures=[with_grid(picture)], captions=[caption]))
+            shown.append(Medium(title=name, facts=rows, pictures=[with_grid(picture)], captions=[caption]))
             continue
         slices = spread(t, MOST_SLICES)
         notes = list(visual.notes)
         if len(slices) < t:
             notes.append(f"{len(slices)} of {t} slices are shown, evenly spread")
-        times = " ".join(f"{second:.1f}" for second in facts["timestamps"])
+        times = " ".join(f"{second:.1f}" for second in visual.seconds or ())
         rows += [("source fps", f"{visual.fps:.6g}"), ("slices at seconds", times)]
         pictures = [frame for pair in frames_of(visual.patch_PX, visual.grid_I3, slices) for frame in pair]
         captions = [caption for i in slices for caption in frame_captions(visual, i)]
-        shown.append(Medium(title=facts["name"], facts=rows, pictures=pictures, captions=captions, notes=notes))
+        shown.append(Medium(title=name, facts=rows, pictures=pictures, captions=captions, notes=notes))
     return shown
 
 
@@ -348,6 +351,8 @@ def attention_of(seen: Seen, tokenizer: Tokenizer) -> Attention:
 class Span:
     """The tokens of one image or slice."""
 
+    number: int
+    """Of the item that it belongs to."""
     visual: Visual
     row: int
     """Of the visual's grid."""
@@ -359,16 +364,17 @@ class Span:
 
 def visual_spans(seen: Seen) -> list[Span]:
     """In the order of the prompt. Placeholders stand in it in the order of the visuals, one run for each row of their grids."""
-    names = [facts["name"] for item in seen.loaded for facts in item.facts()]
+    names = names_of(seen.media)
     spans = []
-    for name, visual, starts in zip(names, seen.visuals, _starts(seen), strict=True):
+    for number, (visual, starts) in enumerate(zip(seen.visuals, _starts(seen), strict=True)):
         for row, start in enumerate(starts):
             _, h, w = visual.grid_I3[row].tolist()
             height, width = h // MERGE, w // MERGE
             time = "" if visual.seconds is None else f", {visual.seconds[row]:.1f} seconds"
             places = slice(start, start + height * width)
+            caption = Path(names[number]).name + time
             spans.append(
-                Span(visual=visual, row=row, places=places, height=height, width=width, caption=Path(name).name + time)
+                Span(number=number, visual=visual, row=row, places=places, height=height, width=width, caption=caption)
             )
     return spans
 
@@ -392,11 +398,10 @@ def _starts(seen: Seen) -> list[list[int]]:
 def shares(seen: Seen) -> Tensor:
     """(media, answer tokens): how much of each token's attention falls on each medium."""
     assert seen.weights is not None
-    by_visual: dict[int, Tensor] = {}
+    share = seen.weights.new_zeros(len(seen.media), len(seen.weights))
     for span in visual_spans(seen):
-        part = seen.weights[:, span.places].sum(dim=1)
-        by_visual[id(span.visual)] = by_visual.get(id(span.visual), torch.zeros_like(part)) + part
-    return torch.stack([by_visual[id(visual)] for visual in seen.visuals])
+        share[span.number] += seen.weights[:, span.places].sum(dim=1)
+    return share
 
 
 def _write(file: Path, data: bytes) -> None:

@@ -10,10 +10,11 @@ from qvl.core.batch import Sample
 from qvl.data.messages import MediaName, Page, conversation, document_segments, trained_messages
 from qvl.data.record import Record
 from qvl.prompt.budget import ImageBudget, smart_resize
-from qvl.prompt.document import page_target
+from qvl.prompt.document import DPI, page_target
+from qvl.prompt.media import image_budget_for, video_sampling_for
 from qvl.prompt.message import Image, Video
 from qvl.prompt.placeholder import MERGED_PATCHES, build_sample, encode, expand_slots, tokens_of_rows, truncate
-from qvl.prompt.processor import Processor, image_budget_for, video_sampling_for
+from qvl.prompt.processor import Processor
 from qvl.prompt.sampling import VideoMeta, VideoSampling, sample_indices, video_size
 from qvl.prompt.template import Segment, VisualSlot
 from qvl.prompt.video import slice_seconds
@@ -22,7 +23,6 @@ from qvl.prompt.visual import FRAMES, PATCH, Visual
 Fate = Literal["whole", "piece", "rebudgeted", "cut"]
 SHRINK = 0.8
 LEAST_IMAGE_TOKENS = 4
-DPI = 200
 
 
 @dataclass(frozen=True, kw_only=True)

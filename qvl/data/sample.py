@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from qvl.core.batch import Sample
-from qvl.data.draft import DPI, Draft
+from qvl.data.draft import Draft
 from qvl.data.messages import MediaName, Page
 from qvl.outside.workers import Decoder
-from qvl.prompt.document import load_document
-from qvl.prompt.message import Image, Video
-from qvl.prompt.processor import Processor, image_budget_for
+from qvl.prompt.message import Document, Image, Video
+from qvl.prompt.processor import Processor
 from qvl.prompt.visual import Visual
 
 
@@ -37,17 +36,18 @@ def load_part(
     part: Image | Video, media: Mapping[str, bytes], processor: Processor, decoder: Decoder | None = None
 ) -> Visual:
     """The patches of one picture, page or video of a record."""
-    if isinstance(part, Image) and isinstance(part.source, Page):
-        assert processor.image_budget is not None
-        budget = image_budget_for(processor.image_budget, part.min_tokens, part.max_tokens)
-        pages = str(part.source.number + 1)
-        return next(iter(load_document(media[part.source.name], pages, budget, decoder, dpi=DPI)))
+    file: Image | Video | Document = part
+    if isinstance(part.source, Page):
+        assert isinstance(part, Image) and part.min_tokens is None
+        page = part.source
+        file = Document(MediaName(page.name), pages=str(page.number + 1), max_tokens=part.max_tokens)
 
     def opened(source: Any) -> bytes:
         assert isinstance(source, MediaName)
         return media[source.name]
 
-    return processor.load(part, decoder=decoder, opener=opened)
+    (item,) = processor.media_loader(decoder, opened).load(file)
+    return item.visual
 
 
 def _check(visual: Visual, expected: Visual, part: Image | Video) -> None:

@@ -9,6 +9,8 @@ from qvl.prompt.image import Source, opened, patches_at, raster_from
 from qvl.prompt.visual import Visual
 
 POINTS_PER_INCH = 72
+DPI = 200
+"""A page is rendered at, unless the budget allows less."""
 
 
 def load_document(
@@ -17,7 +19,7 @@ def load_document(
     budget: ImageBudget | None = None,
     decoder: Decoder | None = None,
     *,
-    dpi: float = 200,
+    dpi: float = DPI,
     password: str | None = None,
 ) -> Iterator[Visual]:
     """An image for each page named by `pages` ("1-3,7"; all without), one after the other.

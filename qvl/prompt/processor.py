@@ -1,7 +1,7 @@
 """The processor: messages in, a Sample out; an answer's ids in, a message out."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -10,17 +10,15 @@ from qvl.core.batch import Sample
 from qvl.outside.workers import Decoder
 from qvl.prompt.answer import Answer, parse_answer
 from qvl.prompt.budget import ImageBudget
-from qvl.prompt.document import load_document
 from qvl.prompt.folder import Folder, read_folder, write_folder
 from qvl.prompt.foreign import render_foreign
-from qvl.prompt.image import image_patches, load_image
-from qvl.prompt.message import ContentPart, Document, Image, Message, Video, user
+from qvl.prompt.media import MediaLoader, Opener, as_it_is
+from qvl.prompt.message import Message, user
 from qvl.prompt.openai import messages_from_dicts
 from qvl.prompt.placeholder import Form, LabelStyle, build_sample, encode, expand_slots, truncate
 from qvl.prompt.sampling import VideoSampling
 from qvl.prompt.template import STYLES, Segment, Style, Targets, VisualSlot, detect_style, render, rendered_text
 from qvl.prompt.tokenizer import Tokenizer
-from qvl.prompt.video import frames_video, load_video
 from qvl.prompt.visual import Visual
 
 Template = Literal["auto", "instruct", "thinking", "folder"]
@@ -95,16 +93,15 @@ class Processor:
         label_style: LabelStyle = "seconds",
         max_tokens: int | None = None,
         decoder: Decoder | None = None,
-        opener: Callable[[Any], Any] | None = None,
+        opener: Opener = as_it_is,
     ) -> Encoded:
         """A prompt, or with `add_generation_prompt=False` and `targets` a training sample.
 
-        `decoder` says where media are decoded (a WorkerPool for files you do not trust). `opener` turns each path,
-        address or data URI of a message into an open file first; a server passes its Fetcher's. `max_tokens` truncates,
-        for training only.
+        `decoder` says where media are decoded (a WorkerPool for files you do not trust), `opener` how each path, address or data URI is
+        opened. What a media loader has loaded already (a Visual) is taken as it is. `max_tokens` truncates, for training only.
         `strict` and `split_thinking`: see `qvl.prompt.template.render`.
         """
-        conversation = self._pages_to_images(_as_messages(messages), decoder, opener)
+        conversation, _ = self.media_loader(decoder, opener).load_all(_as_messages(messages))
         segments = self.render(
             conversation,
             tools=tools,
@@ -114,8 +111,7 @@ class Processor:
             split_thinking=split_thinking,
             targets=targets,
         )
-        slots = [segment.part for segment in segments if isinstance(segment, VisualSlot)]
-        visuals = [self.load(part, decoder=decoder, opener=opener) for part in slots]
+        visuals = [visual_of(segment) for segment in segments if isinstance(segment, VisualSlot)]
         ids, is_target = encode(
             expand_slots(segments, visuals, form=self.form, label_style=label_style), self.tokenizer
         )
@@ -168,26 +164,15 @@ class Processor:
             return self.style == "thinking"
         return rendered_text(self.render([user("?")])).rstrip().endswith("<think>")
 
-    def load(
-        self, part: Image | Video, *, decoder: Decoder | None = None, opener: Callable[[Any], Any] | None = None
-    ) -> Visual:
-        """The patches of one image or video, within this processor's budget or the part's own."""
-        if isinstance(part.source, Visual):
-            return part.source
-        if self.image_budget is None or self.video_sampling is None:
-            raise ValueError(
-                f"{self.folder.path} has no preprocessor_config.json, so the size of pictures is unknown; "
-                "copy that file from the base model's folder, or give image_budget."
-            )
-        open_source = opener or _as_it_is
-        if isinstance(part, Image):
-            budget = image_budget_for(self.image_budget, part.min_tokens, part.max_tokens)
-            return image_patches(load_image(open_source(part.source), decoder), budget)
-        sampling = video_sampling_for(self.video_sampling, part)
-        if isinstance(part.source, tuple):
-            frames = [open_source(frame) for frame in part.source]
-            return frames_video(frames, sampling, decoder, fps=part.frame_fps, seconds=part.frame_seconds)
-        return load_video(open_source(part.source), sampling, decoder)
+    def media_loader(self, decoder: Decoder | None = None, opener: Opener = as_it_is) -> MediaLoader:
+        """The media loader with this processor's budgets."""
+        return MediaLoader(
+            images=self.image_budget,
+            videos=self.video_sampling,
+            decoder=decoder,
+            open=opener,
+            folder=str(self.folder.path),
+        )
 
     def parse_answer(self, answer: str | Sequence[int], *, starts_in_thought: bool | None = None) -> Answer:
         """The model's answer to a prompt here; by default it starts inside the thought where the template opens one."""
@@ -198,45 +183,11 @@ class Processor:
         """Writes every file that transformers' AutoProcessor wants; the folder's own go through byte for byte."""
         write_folder(self.folder, Path(path), self.tokenizer, self.style, self.image_budget, self.video_sampling)
 
-    def _pages_to_images(
-        self, messages: Sequence[Message], decoder: Decoder | None, opener: Callable[[Any], Any] | None
-    ) -> list[Message]:
-        """Each document's pages as images in its place."""
 
-        def pages(part: ContentPart) -> Iterable[ContentPart]:
-            if not isinstance(part, Document):
-                return [part]
-            if self.image_budget is None:
-                raise ValueError(f"{self.folder.path} has no preprocessor_config.json; documents need it.")
-            budget = image_budget_for(self.image_budget, None, part.max_tokens)
-            source = (opener or _as_it_is)(part.source)
-            return [Image(visual) for visual in load_document(source, part.pages, budget, decoder)]
-
-        return [
-            message.with_content(image for part in message.content for image in pages(part))
-            if any(isinstance(part, Document) for part in message.content)
-            else message
-            for message in messages
-        ]
-
-
-def image_budget_for(budget: ImageBudget, min_tokens: int | None, max_tokens: int | None) -> ImageBudget:
-    """The budget with one picture's own limits; a ceiling below the floor lowers the floor."""
-    high = budget.max_tokens if max_tokens is None else max_tokens
-    low = min(budget.min_tokens, high) if min_tokens is None else min_tokens
-    return ImageBudget(min_tokens=low, max_tokens=max(high, low) if max_tokens is None else high)
-
-
-def video_sampling_for(sampling: VideoSampling, part: Video) -> VideoSampling:
-    """The sampling with one video's own wishes."""
-    if part.sample_fps is not None:
-        sampling = replace(sampling, fps=part.sample_fps, num_frames=None)
-    if part.num_frames is not None:
-        sampling = replace(sampling, fps=None, num_frames=part.num_frames)
-    if part.max_tokens is not None:
-        low = min(sampling.min_tokens, part.max_tokens)
-        sampling = replace(sampling, max_tokens=part.max_tokens, min_tokens=low)
-    return sampling
+def visual_of(slot: VisualSlot) -> Visual:
+    """Of a slot in a conversation whose media are loaded."""
+    assert isinstance(slot.part.source, Visual)
+    return slot.part.source
 
 
 def _as_messages(messages: Sequence[Message] | Sequence[Mapping[str, Any]]) -> Sequence[Message]:
@@ -261,7 +212,3 @@ def _choose_style(template: Template, folder: Folder) -> Style | None:
             "or 'folder' to run the folder's own."
         )
     return style
-
-
-def _as_it_is(source: Any) -> Any:
-    return source

@@ -8,12 +8,13 @@ from typing import Any
 
 from qvl.engine.request import Request, ThinkingBudget
 from qvl.engine.sampling import Sampling
+from qvl.prompt.media import MediaItem
 from qvl.prompt.message import Message
 from qvl.prompt.openai import messages_from_dicts
 from qvl.prompt.processor import Encoded, Processor
 from qvl.serve.errors import Refusal, safe_sentence
 from qvl.serve.grammar import Grammar, Grammars
-from qvl.serve.media import Kitchen, Medium, media_key
+from qvl.serve.media import Kitchen, facts_of, media_key
 from qvl.serve.protocol import (
     ChatRequest,
     JsonObjectFormat,
@@ -58,7 +59,7 @@ class Prepared:
     asked: ChatRequest
     model: str
     request: Request
-    media: tuple[Medium, ...]
+    media: tuple[MediaItem, ...]
     media_seconds: float
     reads_calls: bool
 
@@ -72,7 +73,7 @@ class Prepared:
             "sampling": sampling,
             "image_budget": None if images is None else asdict(images),
             "video_sampling": None if videos is None else asdict(videos),
-            "media": [medium.facts() for medium in self.media],
+            "media": [facts_of(item) for item in self.media],
         }
 
 
@@ -126,7 +127,7 @@ class Cook:
     def tokenize(self, asked: TokenizeRequest, *, is_cancelled: Callable[[], bool] = lambda: False) -> dict[str, Any]:
         self.served.name(asked.model)
         start = time.monotonic()
-        media: list[Medium] = []
+        media: list[MediaItem] = []
         if asked.prompt is not None:
             ids = self.served.processor.tokenizer.encode_text(asked.prompt)
         else:
@@ -144,7 +145,7 @@ class Cook:
             "count": len(ids),
             "max_model_len": self.served.max_context,
             **({"tokens": ids} if asked.return_tokens else {}),
-            "media": [medium.facts() for medium in media],
+            "media": [facts_of(item) for item in media],
             "seconds": round(time.monotonic() - start, 3),
         }
 
@@ -154,7 +155,7 @@ class Cook:
         tools: Sequence[Tool] | None,
         add_generation_prompt: bool,
         is_cancelled: Callable[[], bool] = lambda: False,
-    ) -> tuple[Encoded, list[Medium], float]:
+    ) -> tuple[Encoded, list[MediaItem], float]:
         self.kitchen.check(messages)
         loaded, media, seconds = self.kitchen.load(messages, is_cancelled=is_cancelled)
         try:
@@ -162,7 +163,7 @@ class Cook:
             encoded = self.served.processor(loaded, tools=given, add_generation_prompt=add_generation_prompt)
         except ValueError as error:
             raise Refusal(400, safe_sentence(error), param="messages") from error
-        return encoded, [medium.without_patches() for medium in media], seconds
+        return encoded, [item.without_patches() for item in media], seconds
 
     def _sampling(self, asked: ChatRequest) -> Sampling:
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty")

@@ -3,59 +3,22 @@
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 from qvl.outside.fetch import Fetcher, HostRefused
 from qvl.outside.media import MediaError, MediaLimits
 from qvl.outside.workers import WorkerPool
-from qvl.prompt.budget import ImageBudget
-from qvl.prompt.document import load_document
-from qvl.prompt.image import image_patches, load_image
-from qvl.prompt.message import MEDIA, ContentPart, Document, Image, Message, Text, Video
-from qvl.prompt.processor import Processor, image_budget_for, video_sampling_for
-from qvl.prompt.sampling import VideoSampling
-from qvl.prompt.video import frames_video, load_video
+from qvl.prompt.media import MediaFault, MediaItem
+from qvl.prompt.message import MEDIA, Document, Image, Message, Text, Video
+from qvl.prompt.processor import Processor
 from qvl.prompt.visual import Visual
 from qvl.serve.errors import Refusal, gone, safe_sentence
 from qvl.serve.limits import Limits
 
 FRAMES_PATIENCE = 5
 """How many times as long as one file a list of frames may take."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Medium:
-    """One picture, video or page as the network gets it."""
-
-    kind: Literal["image", "video", "page"]
-    visual: Visual
-    budget: ImageBudget | VideoSampling
-    """What held for it: the server's own, or the part's wishes."""
-
-    def facts(self) -> dict[str, Any]:
-        """What was made of it: sizes, frames and times, for clients who ask."""
-        visual = self.visual
-        facts: dict[str, Any] = {
-            "kind": self.kind,
-            "tokens": visual.num_tokens,
-            "grid_thw": [len(visual.grid_I3), *visual.grid_I3[0, 1:].tolist()],
-            "size": [visual.width, visual.height],
-            "source_size": [visual.source_width, visual.source_height],
-            "budget": asdict(self.budget),
-        }
-        if self.kind == "video":
-            facts["timestamps"] = None if visual.seconds is None else [round(s, 3) for s in visual.seconds]
-            facts["frame_indices"] = None if visual.frame_indices is None else list(visual.frame_indices)
-            facts["fps"] = visual.fps
-        return facts | ({"notes": list(visual.notes)} if visual.notes else {})
-
-    def without_patches(self) -> "Medium":
-        """For the reply, which tells sizes alone: the patches go on in the request's sample, and are held once."""
-        patch_PX = self.visual.patch_PX
-        return replace(self, visual=replace(self.visual, patch_PX=patch_PX.new_empty(0, patch_PX.shape[1])))
 
 
 class Kitchen:
@@ -136,55 +99,28 @@ class Kitchen:
 
     def load(
         self, messages: Sequence[Message], *, is_cancelled: Callable[[], bool] = lambda: False
-    ) -> tuple[list[Message], list[Medium], float]:
-        """The conversation with its media loaded, the media in order, and the seconds it took."""
+    ) -> tuple[list[Message], list[MediaItem], float]:
+        """The conversation with its media loaded, the media in order, and the seconds it took. Nothing is opened for who has gone."""
         start = time.monotonic()
-        loaded: dict[int, list[Medium]] = {}
-        left = self.max_tokens
-        for where, part in _media_of(messages):
-            loaded[id(part)] = []
-            try:
-                for medium in self._loaded(part, left, is_cancelled):
-                    left -= medium.visual.num_tokens
-                    if left < 0:
-                        raise ValueError(
-                            f"with this one the media have more than the {self.max_tokens:,} tokens that fit; send fewer or smaller ones."
-                        )
-                    _stop_if(is_cancelled)
-                    loaded[id(part)].append(medium)
-            except ValueError as error:
-                text = safe_sentence(error, "the file could not be read.")
-                raise Refusal(400, f"{where}: {text}", param=where, code="media") from error
-        media = [medium for found in loaded.values() for medium in found]
-        return [_with_media(message, loaded) for message in messages], media, time.monotonic() - start
 
-    def _loaded(
-        self, part: Image | Video | Document, most_tokens: int, is_cancelled: Callable[[], bool]
-    ) -> Iterator[Medium]:
-        images, videos = self.processor.image_budget, self.processor.video_sampling
-        assert images is not None and videos is not None
-        with ExitStack() as files:
+        def check() -> None:
+            if is_cancelled():
+                raise gone()
 
-            def opened(source: str) -> BinaryIO:
-                return files.enter_context(self._open(source))
+        def opened(source: str) -> BinaryIO:
+            check()
+            return self._open(source)
 
-            if isinstance(part, Image):
-                raster = load_image(opened(part.source), self.pool)
-                budget = image_budget_for(images, part.min_tokens, part.max_tokens)
-                yield Medium(kind="image", visual=image_patches(raster, budget), budget=budget)
-            elif isinstance(part, Document):
-                budget = image_budget_for(images, None, part.max_tokens)
-                for page in load_document(opened(part.source), part.pages, budget, self.pool):
-                    yield Medium(kind="page", visual=page, budget=budget)
-            elif isinstance(part.source, tuple):
-                frames = _Frames(part.source, self._open, is_cancelled, FRAMES_PATIENCE * self.media_seconds)
-                sampling = video_sampling_for(videos, part)
-                visual = frames_video(frames, sampling, self.pool, fps=part.frame_fps, seconds=part.frame_seconds)
-                yield Medium(kind="video", visual=visual, budget=sampling)
-            else:
-                sampling = video_sampling_for(videos, part)
-                visual = load_video(opened(part.source), sampling, self.pool, most_tokens=most_tokens)
-                yield Medium(kind="video", visual=visual, budget=sampling)
+        loader = replace(
+            self.processor.media_loader(self.pool, opened), frames_seconds=FRAMES_PATIENCE * self.media_seconds
+        )
+        try:
+            shown, items = loader.load_all(messages, max_tokens=self.max_tokens, check=check)
+        except MediaFault as fault:
+            where = place_of(fault.message, fault.part)
+            text = safe_sentence(fault.error, "the file could not be read.")
+            raise Refusal(400, f"{where}: {text}", param=where, code="media") from fault
+        return shown, items, time.monotonic() - start
 
     def _open(self, source: str) -> BinaryIO:
         """Off until allowed: an address by its domain, a file by its folder. What is allowed is nobody's business."""
@@ -202,39 +138,6 @@ class Kitchen:
             raise MediaError("this server may not fetch from that host; send the file itself as a data URI.") from error
 
 
-class _Frames(Sequence[BinaryIO]):
-    """The frames of a list, each opened when it is looked at and closed before the next: one deadline holds for all, and nobody waits for
-    the frames of a client that has gone."""
-
-    def __init__(
-        self, sources: Sequence[str], open: Callable[[str], BinaryIO], is_cancelled: Callable[[], bool], seconds: float
-    ) -> None:
-        self.sources, self.open, self.is_cancelled, self.seconds = sources, open, is_cancelled, seconds
-        self.deadline = time.monotonic() + seconds
-        self.latest: BinaryIO | None = None
-
-    def __len__(self) -> int:
-        return len(self.sources)
-
-    def __getitem__(self, number: Any) -> Any:
-        if self.latest is not None:
-            self.latest.close()
-            self.latest = None
-        source = self.sources[int(number)]  # IndexError ends the loop
-        _stop_if(self.is_cancelled)
-        if time.monotonic() > self.deadline:
-            raise MediaError(
-                f"reading the frames took longer than {self.seconds:g} seconds; send a video, or fewer frames."
-            )
-        self.latest = self.open(source)
-        return self.latest
-
-
-def _stop_if(is_cancelled: Callable[[], bool]) -> None:
-    if is_cancelled():
-        raise gone()
-
-
 def media_key(visual: Visual) -> bytes:
     """A digest of what the network sees of it, so that one size, mode or rate is never taken for another (CVE-2025-46722: a picture
     of 30x100 was one of 100x30)."""
@@ -248,14 +151,26 @@ def _media_of(messages: Sequence[Message]) -> Iterator[tuple[str, Image | Video 
     for i, message in enumerate(messages):
         for j, part in enumerate(message.content):
             if isinstance(part, MEDIA):
-                yield f"messages[{i}].content[{j}]", part
+                yield place_of(i, j), part
 
 
-def _with_media(message: Message, loaded: dict[int, list[Medium]]) -> Message:
-    content: list[ContentPart] = []
-    for part in message.content:
-        if isinstance(part, MEDIA):
-            content += [(Video if m.kind == "video" else Image)(m.visual) for m in loaded[id(part)]]
-        else:
-            content.append(part)
-    return message.with_content(content)
+def place_of(message: int, part: int) -> str:
+    return f"messages[{message}].content[{part}]"
+
+
+def facts_of(item: MediaItem) -> dict[str, Any]:
+    """What was made of it: sizes, frames and times, for clients who ask."""
+    visual = item.visual
+    facts: dict[str, Any] = {
+        "kind": item.kind,
+        "tokens": visual.num_tokens,
+        "grid_thw": item.grid_thw,
+        "size": [visual.width, visual.height],
+        "source_size": [visual.source_width, visual.source_height],
+        "budget": asdict(item.budget),
+    }
+    if item.kind == "video":
+        facts["timestamps"] = None if visual.seconds is None else [round(s, 3) for s in visual.seconds]
+        facts["frame_indices"] = None if visual.frame_indices is None else list(visual.frame_indices)
+        facts["fps"] = visual.fps
+    return facts | ({"notes": list(visual.notes)} if visual.notes else {})

@@ -11,7 +11,7 @@ from qvl.core.batch import Sample
 from qvl.model.config import ModelConfig
 from qvl.prompt.message import Message
 from qvl.prompt.placeholder import Pads, build_sample, encode, expand
-from qvl.prompt.processor import Processor
+from qvl.prompt.processor import Processor, visual_of
 from qvl.prompt.template import Segment, VisualSlot, Written
 from qvl.prompt.visual import Visual
 from qvl.recipes.made_stream import Maker
@@ -57,8 +57,9 @@ def maker_of(world: World, processor: Processor, arm: Arm, *, seed: int) -> Make
 
 def sample_of(messages: Sequence[Message], processor: Processor, arm: Arm, *, is_prompt: bool = False) -> Sample:
     """A training sample, or with `is_prompt` what stands before an answer. Only clips differ between arms."""
-    segments = processor.render(messages, add_generation_prompt=is_prompt, targets="none" if is_prompt else "all")
-    visuals = [processor.load(segment.part) for segment in segments if isinstance(segment, VisualSlot)]
+    shown, _ = processor.media_loader().load_all(messages)
+    segments = processor.render(shown, add_generation_prompt=is_prompt, targets="none" if is_prompt else "all")
+    visuals = [visual_of(segment) for segment in segments if isinstance(segment, VisualSlot)]
     left = list(visuals)
     pieces: list[Segment | Pads] = []
     for segment in segments:

@@ -85,7 +85,8 @@ def labelled(world: World, processor: Processor, *, seed: int, split: Split = "t
 
     def make(index: int) -> tuple[str, tuple[Tensor, Tensor, DenseLabels]]:
         example = world(seed, index, split)
-        visual = processor.load(example.messages[0].parts[0])  # type: ignore[arg-type]
+        (item,) = processor.media_loader().load(example.messages[0].parts[0])  # type: ignore[arg-type]
+        visual = item.visual
         side = int(visual.grid_I3[0, 1])
         labels = patch_labels(example.facts, side)
         order_P = merge_order(side, len(visual.grid_I3))
