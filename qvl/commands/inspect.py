@@ -14,6 +14,7 @@ from torch import Tensor
 from qvl.commands import generate
 from qvl.commands.generate import Answering, Asking, Loaded, MediaLoader, open_session, prepared, processor_of
 from qvl.core.batch import Batch, Sample
+from qvl.core.files import write_text, writing
 from qvl.model.config import ModelConfig, read_config
 from qvl.model.look import layers_named, look
 from qvl.model.pack import pack
@@ -92,11 +93,10 @@ def run(args: Inspect) -> int:
         if args.out or args.png:
             shown = inspection(args, seen, processor)
             if args.out:
-                _write(args.out, to_html(shown).encode())
+                write_text(args.out, to_html(shown))
             if args.png:
-                aside = args.png.with_name(args.png.name + ".partial")
-                to_picture(shown).save(aside, "PNG")
-                aside.replace(args.png)
+                with writing(args.png) as new:
+                    to_picture(shown).save(new, "PNG")
     if args.json:
         print(json.dumps(report(seen, processor), ensure_ascii=False))
     else:
@@ -397,10 +397,3 @@ def shares(seen: Seen) -> Tensor:
         part = seen.weights[:, span.places].sum(dim=1)
         by_visual[id(span.visual)] = by_visual.get(id(span.visual), torch.zeros_like(part)) + part
     return torch.stack([by_visual[id(visual)] for visual in seen.visuals])
-
-
-def _write(file: Path, data: bytes) -> None:
-    """Whole or not at all."""
-    aside = file.with_name(file.name + ".partial")
-    aside.write_bytes(data)
-    aside.replace(file)
