@@ -4,7 +4,7 @@
 
 Counted are, between the two ends of a walk, in all threads of this process:
 
-- modules: files of `qvl/` of which a function ran. Files that only log, or say what the machine is, are not on the way (BESIDE).
+- modules: files of `qvl/` of which a function ran. Files that only log or rename, or say what the machine is, are not on the way (BESIDE).
 - forms: classes of `qvl/` of which an instance was made on the way and handed from one file to another, as an argument or as what a
   function returns, and `dict`, the form of JSON. Processors, configs and models are there before, so they do not count; a class that is
   made anew for each request does.
@@ -40,7 +40,7 @@ from qvl.serve.run import Server
 from qvl.train.objective import NextToken
 
 ROOT = Path(qvl.__file__).parent
-BESIDE = {"core/log.py", "core/device.py", "core/config.py"}
+BESIDE = {"core/log.py", "core/files.py", "core/device.py", "core/config.py"}
 
 
 @dataclass

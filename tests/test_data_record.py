@@ -255,6 +255,17 @@ def test_a_writer_that_fails_leaves_no_shard(tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_writer_left_is_removed_by_the_next_and_another_prefix_stays(tmp_path) -> None:
+    for name in ("rank-1-000000", "rank-10-000000", "rank-1-000003"):
+        (tmp_path / f".{name}.tar.01234567.partial").mkdir()
+        (tmp_path / f".{name}.tar.01234567.partial" / "new").write_bytes(b"half")
+    with ShardWriter(tmp_path, prefix="rank-1") as writer:
+        writer.write(document("d", "text"), {})
+        assert list(tmp_path.glob("*.tar")) == [], "it has no name before it is whole"
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"rank-1-000000.tar", ".rank-10-000000.tar.01234567.partial"}
+
+
 def test_a_damaged_header_is_an_error_and_not_the_end(tmp_path) -> None:
     with ShardWriter(tmp_path) as writer:
         for i in range(3):

@@ -56,9 +56,9 @@ def test_every_file_says_in_its_first_line_what_it_is_for() -> None:
     assert [file for file, text in captions.items() if texts.count(text) > 1] == []
 
 
-def test_core_holds_five_files_and_no_more() -> None:
+def test_core_holds_six_files_and_no_more() -> None:
     files = {file.name for file in (ROOT / "qvl" / "core").glob("*.py")}
-    assert files == {"__init__.py", "batch.py", "config.py", "device.py", "legend.py", "log.py"}
+    assert files == {"__init__.py", "batch.py", "config.py", "device.py", "files.py", "legend.py", "log.py"}
 
 
 def test_the_floors_of_the_contract_and_of_the_readme_are_the_same() -> None:

@@ -22,6 +22,7 @@ from qvl.commands.generate import (
     reporting,
     voices_of,
 )
+from qvl.core.files import write_text
 from qvl.engine.generate import Event
 from qvl.prompt.coordinates import Box3D, Boxes, read_boxes
 from qvl.prompt.media import MediaItem, MediaLoader
@@ -163,11 +164,7 @@ class Talk:
 
     def save(self, rest: str) -> None:
         file = Path(file_name("save", rest))
-        aside = file.with_name(file.name + ".partial")
-        aside.write_text(
-            json.dumps(messages_to_dicts(self.messages), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-        aside.replace(file)
+        write_text(file, json.dumps(messages_to_dicts(self.messages), indent=2, ensure_ascii=False) + "\n")
         self.console.print(Styled(f"wrote {printable(str(file))}", style="dim"))
 
     def reset(self) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from qvl.commands import generate
 from qvl.commands.generate import Answering, Asking, facts_of, media_loader, names_of, open_session, processor_of
 from qvl.core.batch import Batch, Sample
+from qvl.core.files import write_text, writing
 from qvl.model.config import ModelConfig, read_config
 from qvl.model.look import layers_named, look
 from qvl.model.pack import pack
@@ -96,11 +97,10 @@ def run(args: Inspect) -> int:
         if args.out or args.png:
             shown = inspection(args, seen, processor)
             if args.out:
-                _write(args.out, to_html(shown).encode())
+                write_text(args.out, to_html(shown))
             if args.png:
-                aside = args.png.with_name(args.png.name + ".partial")
-                to_picture(shown).save(aside, "PNG")
-                aside.replace(args.png)
+                with writing(args.png) as new:
+                    to_picture(shown).save(new, "PNG")
     if args.json:
         print(json.dumps(report(seen, processor), ensure_ascii=False))
     else:
@@ -402,10 +402,3 @@ def shares(seen: Seen) -> Tensor:
     for span in visual_spans(seen):
         share[span.number] += seen.weights[:, span.places].sum(dim=1)
     return share
-
-
-def _write(file: Path, data: bytes) -> None:
-    """Whole or not at all."""
-    aside = file.with_name(file.name + ".partial")
-    aside.write_bytes(data)
-    aside.replace(file)

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from qvl.core.device import pick_device, pick_dtype
+from qvl.core.files import writing
 from qvl.model.padded import batch_from_padded, to_padded
 from qvl.model.weights import load, save_tensors
 from qvl.outside.hub import resolve
@@ -43,6 +44,5 @@ def run(args: Logits) -> None:
         logits_TV = model.logits(model(batch.to(device))).float().cpu()
     mask = tensors.get("attention_mask", torch.ones_like(tensors["input_ids"]))
     position_ids = to_padded(batch.position_3T.T, mask).permute(2, 0, 1).contiguous()
-    aside = args.out.with_name(args.out.name + ".partial")
-    save_tensors({"logits": to_padded(logits_TV, mask), "position_ids": position_ids}, aside)
-    aside.replace(args.out)
+    with writing(args.out) as new:
+        save_tensors({"logits": to_padded(logits_TV, mask), "position_ids": position_ids}, new)

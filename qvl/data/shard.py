@@ -1,16 +1,17 @@
-"""Tar shards in the WebDataset layout: a record's JSON and its media side by side, written aside and renamed, read by offset."""
+"""Tar shards in the WebDataset layout: a record's JSON and its media side by side, each written whole or not at all, read by offset."""
 
 import hashlib
 import io
-import os
 import re
 import tarfile
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
+from qvl.core.files import remove_leftovers, writing
 from qvl.data.record import Medium, Record, read_record, record_to_json
 
 BLOCK = 512
@@ -42,7 +43,7 @@ class ShardWriter:
     """Writes PREFIX-000000.tar, PREFIX-000001.tar, ... in a folder.
 
     Equal records give equal bytes: no times, no owners. A shard gets its name only when it is whole, so a killed run leaves none that is
-    cut short; its `.part` file is overwritten by the next run.
+    cut short; what it was writing is removed by the next run.
     """
 
     def __init__(
@@ -58,10 +59,12 @@ class ShardWriter:
             raise ValueError(
                 f"{self.folder} holds {old[0].name} already; write to another folder, or remove the shards."
             )
+        remove_leftovers(self.folder, f"{prefix}-??????.tar.*")
         self.prefix, self.max_records, self.max_bytes = prefix, max_records, max_bytes
         self.paths: list[Path] = []
         self.num_records = 0
         self._tar: tarfile.TarFile | None = None
+        self._open_shard = ExitStack()
         self._in_shard = 0
 
     def write(self, record: Record, media: Mapping[str, bytes]) -> None:
@@ -89,8 +92,9 @@ class ShardWriter:
 
     def _open(self) -> tarfile.TarFile:
         if self._tar is None:
-            self._file = self._part.open("wb")
-            self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
+            new = self._open_shard.enter_context(writing(self._path, sync=True))
+            file = self._open_shard.enter_context(new.open("wb"))
+            self._tar = tarfile.TarFile(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)
             self._in_shard = 0
         return self._tar
 
@@ -98,21 +102,14 @@ class ShardWriter:
     def _path(self) -> Path:
         return self.folder / f"{self.prefix}-{len(self.paths):06d}.tar"
 
-    @property
-    def _part(self) -> Path:
-        return self._path.with_suffix(".part")
-
     def _finish(self) -> None:
         if self._tar is None:
             return
         self._tar.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
         self._tar = None
         # An index of an older shard of that name would fit this one's first records and hide the others.
         self._path.with_name(self._path.name + INDEX_SUFFIX).unlink(missing_ok=True)
-        os.replace(self._part, self._path)
+        self._open_shard.close()
         self.paths.append(self._path)
 
     def close(self) -> None:
@@ -126,9 +123,8 @@ class ShardWriter:
     ) -> None:
         if error is None:
             self._finish()
-        elif self._tar is not None:
-            self._file.close()
-            self._part.unlink(missing_ok=True)
+        else:
+            self._open_shard.__exit__(kind, error, trace)
 
 
 def _hashed(medium: Medium, data: bytes) -> Medium:

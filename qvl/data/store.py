@@ -11,6 +11,8 @@ from typing import Any
 
 import fsspec
 
+from qvl.core.files import write_bytes, writing
+
 OPEN_FILES = 64
 CHUNK = 16 * 1024**2
 
@@ -57,17 +59,12 @@ class Store:
         return fs.exists(path)
 
     def write(self, url: str, data: bytes) -> None:
-        """A whole small file, such as an index; on a local disk written aside and renamed."""
+        """A whole small file, such as an index; on a local disk whole or not at all, even after a loss of power."""
         fs, path = _filesystem(url)
         if is_remote(url):
             fs.pipe_file(path, data)
             return
-        aside = f"{path}.part-{os.getpid()}"
-        with open(aside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        write_bytes(path, data, sync=True)
 
     def _open(self, url: str) -> "_File":
         with self._lock:
@@ -97,11 +94,9 @@ class Store:
             os.utime(copy)
             return str(copy)
         self._make_room(size or 0)
-        aside = copy.with_suffix(f".part-{os.getpid()}-{threading.get_ident()}")
-        with fs.open(path, "rb") as source, aside.open("wb") as target:
+        with writing(copy) as new, fs.open(path, "rb") as source, new.open("wb") as target:
             while chunk := source.read(CHUNK):
                 target.write(chunk)
-        os.replace(aside, copy)
         return str(copy)
 
     def _make_room(self, size: int) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from qvl.core.device import pick_device, pick_dtype
+from qvl.core.files import write_text
 from qvl.core.log import log
 from qvl.data.mixture import read_mixture
 from qvl.data.packing import PackBudget
 from qvl.finetune.captions import Encode, HeldOutPairs, open_pairs, own_encoding, siglip_encoding
 from qvl.finetune.config import Tune
-from qvl.finetune.replay import write_whole
 from qvl.finetune.text_guard import REPORT
 from qvl.finetune.tune import exports_on_the_way, loop_config, steps_in
 from qvl.model.config import ModelConfig, VisionConfig, read_config
@@ -197,4 +197,4 @@ def _report(run: Run, zero: ZeroShot | None, exported_step: int | None) -> None:
         "expect": judged(run.expect, found),
     }
     run.out.mkdir(parents=True, exist_ok=True)
-    write_whole(run.out / REPORT, json.dumps(facts, indent=2) + "\n")
+    write_text(run.out / REPORT, json.dumps(facts, indent=2) + "\n")

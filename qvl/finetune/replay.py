@@ -2,11 +2,11 @@
 
 import json
 import math
-import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qvl.core.files import write_text
 from qvl.core.log import log
 from qvl.data.formats import FORMATS
 from qvl.data.index import build_index, fingerprint, read_index
@@ -117,7 +117,7 @@ def _tell(folder: Path, choice: ReplayChoice) -> None:
             choice.share,
         )
     _write_mixture(folder, str(folder.resolve()))
-    write_whole(folder / "replay.json", json.dumps({"share": share, "tokens": tokens}))
+    write_text(folder / "replay.json", json.dumps({"share": share, "tokens": tokens}))
 
 
 def _mixture_file(path: str, folder: Path, processor: Processor, world: World) -> str:
@@ -194,13 +194,7 @@ def _write(records: list[Record], folder: Path, processor: Processor, *, prefix:
 
 def _write_mixture(folder: Path, source: str) -> None:
     # JSON is YAML too, and quotes what must be quoted.
-    write_whole(folder / "mixture.yaml", json.dumps({"sources": [{"path": source}]}))
-
-
-def write_whole(path: Path, text: str) -> None:
-    aside = path.with_suffix(".partial")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    write_text(folder / "mixture.yaml", json.dumps({"sources": [{"path": source}]}))
 
 
 def _placed(path: str, folder: str) -> str:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
@@ -15,6 +14,7 @@ from rich.table import Table
 
 from qvl.core.batch import Batch
 from qvl.core.config import read_object
+from qvl.core.files import write_text
 from qvl.core.log import log, read_jsonl
 from qvl.data.loader import MicroBatch
 from qvl.parallel.data_parallel import World
@@ -159,9 +159,8 @@ class TextGuard:
             return
         self.out.mkdir(parents=True, exist_ok=True)
         rows = [asdict(row) for _, row in sorted(self.rows.items())]
-        aside = self.out / f".{REPORT}.partial"
-        aside.write_text(json.dumps({**self.facts, "rows": rows, "stopped": self.stopped}, indent=2) + "\n")
-        os.replace(aside, self.out / REPORT)
+        report = {**self.facts, "rows": rows, "stopped": self.stopped}
+        write_text(self.out / REPORT, json.dumps(report, indent=2) + "\n")
 
 
 def table_of(rows: Iterable[Judgement]) -> Table:

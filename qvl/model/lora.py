@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qvl.core.files import writing_into
 from qvl.core.log import log
 from qvl.model.layers import Linear
 from qvl.model.qwen3vl import Qwen3VL
@@ -215,8 +214,6 @@ def adapter_parameters(model: Qwen3VL) -> dict[str, nn.Parameter]:
 def save_adapter(model: Qwen3VL, folder: Path | str, *, base: str | None = None) -> None:
     """Write adapter_config.json and adapter_model.safetensors, which PEFT loads. `base` names the base model for the reader."""
     layers = _attached(model)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for path, layer in layers.items():
         down, up = (layer.lora_down, layer.lora_up) if layer.merged is None else (layer.merged.down, layer.merged.up)
@@ -229,13 +226,10 @@ def save_adapter(model: Qwen3VL, folder: Path | str, *, base: str | None = None)
             )
             up = up[:, :, None, None, None]
         tensors |= {_key(path, "lora_A"): down.contiguous(), _key(path, "lora_B"): up.contiguous()}
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as aside_name:
-        aside = Path(aside_name)
+    with writing_into(folder, last=CONFIG_FILE) as aside:
         save_tensors(tensors, aside / WEIGHTS_FILE, {"format": "pt"})
         text = json.dumps(_config_of(model, layers, base), indent=2)
         (aside / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-        for name in (WEIGHTS_FILE, CONFIG_FILE):
-            os.replace(aside / name, folder / name)
 
 
 def _config_of(model: Qwen3VL, layers: dict[str, LoraLinear], base: str | None) -> dict[str, Any]:

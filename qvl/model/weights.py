@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qvl.core.files import writing_into
 from qvl.model.config import ModelConfig, config_to_hf, read_config
 from qvl.model.qwen3vl import Qwen3VL, empty_model
 
@@ -276,7 +276,7 @@ def save(
     max_shard_bytes: int = 5 * 10**9,
     companions: Path | str | None = None,
 ) -> None:
-    """Write a folder that transformers loads. Files are written aside and moved into place, config.json last.
+    """Write a folder that transformers loads. Files are moved into place whole, config.json last.
 
     `companions` is a folder whose tokenizer, template and processor files are copied through unchanged.
     """
@@ -289,23 +289,18 @@ def save(
             "the model's plain weights were freed for serving (engine.prepare); load its folder again to save it."
         )
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     dtype = str(model.dtype).removeprefix("torch.")
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder.parent) as aside_name:
-        aside = Path(aside_name)
+    with writing_into(folder, last="config.json") as aside:
         _write_shards(model, aside, layout, max_shard_bytes)
         for name in COMPANIONS if companions else ():
             if (Path(companions or "") / name).is_file():
                 shutil.copyfile(Path(companions or "") / name, aside / name)
         text = json.dumps(config_to_hf(model.config, layout=layout, dtype=dtype), indent=2)
         (aside / "config.json").write_text(text + "\n", encoding="utf-8")
-        folder.mkdir(exist_ok=True)
         new = {path.name for path in aside.iterdir()}
         for stale in (*folder.glob("model*.safetensors"), folder / "model.safetensors.index.json"):
             if stale.name not in new:
                 stale.unlink(missing_ok=True)
-        for path in sorted(aside.iterdir(), key=lambda p: p.name == "config.json"):
-            os.replace(path, folder / path.name)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from qvl.core.device import child_environment, compiler, facts
+from qvl.core.files import writing
 
 FOLDER = Path("~/.cache/qvl")
 SECONDS = 120
@@ -29,10 +30,8 @@ def shared_library(source: Path, flags: tuple[str, ...] = ()) -> Path:
     name = f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
     folder = _own_folder()
     if not (folder / name).exists():
-        with tempfile.TemporaryDirectory(dir=folder) as aside:
-            made = Path(aside) / name
+        with writing(folder / name) as made:
             _compile([cxx, *flags, "-shared", "-fPIC", str(source), "-o", str(made)])
-            os.replace(made, folder / name)  # whole or not at all, whoever else compiles it now
     return folder / name
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from qvl.core.files import remove_leftovers, writing
 from qvl.core.log import say_once
 from qvl.model.weights import save_tensors
 from qvl.parallel.data_parallel import World, whole
@@ -63,21 +63,15 @@ def save_run(
     if world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         final = folder / f"{PREFIX}{step:08d}"
-        aside = folder / f".{final.name}.partial"
-        for left in folder.glob(f".{PREFIX}*.partial"):  # of killed saves
-            shutil.rmtree(left, ignore_errors=True)
-        aside.mkdir()
-        save_tensors(weights, aside / "weights.safetensors")
-        save_tensors(moments, aside / "optimizer.safetensors")
-        (aside / "state.json").write_text(json.dumps(state), encoding="utf-8")
-        digests = {path.name: _digest(path) for path in sorted(aside.iterdir())}
-        manifest = {"step": step, "sha256": digests} | ({} if frozen is None else {"frozen": frozen})
-        (aside / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-        for path in aside.iterdir():
-            _sync(path)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(aside, final)
-        _sync(folder)
+        remove_leftovers(folder, f"{PREFIX}*")  # of killed saves
+        with writing(final, sync=True) as new:
+            new.mkdir()
+            save_tensors(weights, new / "weights.safetensors")
+            save_tensors(moments, new / "optimizer.safetensors")
+            (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
+            digests = {path.name: _digest(path) for path in sorted(new.iterdir())}
+            manifest = {"step": step, "sha256": digests} | ({} if frozen is None else {"frozen": frozen})
+            (new / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
         # Later ones can only be broken, and must not push this one out.
         for old in sorted(p for p in folder.glob(f"{PREFIX}*") if p.name <= final.name)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
@@ -98,12 +92,10 @@ def _save_frozen(folder: Path, frozen: dict[str, Tensor], world: World) -> str |
     tensors, digest = _on_rank_0(frozen.items(), world), None
     if world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        aside = folder / f".{FROZEN}.partial"
-        save_tensors(tensors, aside)
-        _sync(aside)
-        digest = _digest(aside)
-        os.rename(aside, folder / FROZEN)
-        _sync(folder)
+        remove_leftovers(folder, f"{FROZEN}*")
+        with writing(folder / FROZEN, sync=True) as new:
+            save_tensors(tensors, new)
+            digest = _digest(new)
     return world.from_first(digest)
 
 
@@ -189,12 +181,3 @@ def restore_optimizer(optimizer: Optimizer, saved: dict[str, Tensor]) -> None:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Make the kernel write it down before the rename counts."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from qvl.core.files import writing
 from qvl.core.log import JsonlWriter, log, read_jsonl
 from qvl.model.qwen3vl import Qwen3VL
 from qvl.parallel.data_parallel import World, shard, sum_over_replicas, total_norm
@@ -349,13 +350,9 @@ def _log(out: Path, first: int) -> JsonlWriter:
     path = out / "log.jsonl"
     JsonlWriter(path).close()  # cuts off half a line, should the kill have left one
     kept = [row for row in read_jsonl(path) if row["step"] <= first]
-    aside = path.with_suffix(".partial")
-    aside.parent.mkdir(parents=True, exist_ok=True)
-    aside.unlink(missing_ok=True)
-    with JsonlWriter(aside) as rows:
+    with writing(path) as new, JsonlWriter(new) as rows:
         for row in kept:
             rows.write(row)
-    aside.replace(path)
     return JsonlWriter(path)
 
 

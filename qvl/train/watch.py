@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from qvl.core.files import writing
 from qvl.core.log import JsonlWriter, log, read_jsonl
 from qvl.model.lora import LoraLinear
 from qvl.model.qwen3vl import Qwen3VL, empty_model
@@ -106,13 +107,10 @@ def _is_due(report: StepReport, steps: int) -> bool:
 def _write(path: Path, step: int, found: Mapping[str, float]) -> None:
     """One line a step: lines of steps that are taken again, after a kill or a roll-back, give way."""
     kept = [row for row in read_jsonl(path) if row["step"] < step]
-    aside = path.with_suffix(".partial")
-    aside.parent.mkdir(parents=True, exist_ok=True)
-    aside.unlink(missing_ok=True)
-    with JsonlWriter(aside) as rows:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path) as new, JsonlWriter(new) as rows:
         for row in (*kept, {"step": step, **found}):
             rows.write(row)
-    aside.replace(path)
 
 
 def _check(steps: int, what: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from PIL import Image as Raster
 from PIL import ImageDraw
 
+from qvl.core.files import write_text
 from qvl.core.log import read_jsonl
 from qvl.prompt.coordinates import Box, Boxes, read_boxes
 from qvl.prompt.example import Example
@@ -46,9 +47,7 @@ def write_page(story: Story, pictures: dict[str, World], pupil: Pupil | None = N
         ),
     ]
     lead = f"{story.size.name}, seed {story.seed}: one package from a tokenizer to a model that sees, on a CPU."
-    aside = path.with_suffix(".partial")
-    aside.write_text(page("The story of a small Qwen3-VL", [part for part in body if part], lead=lead, style=STYLE))
-    aside.replace(path)
+    write_text(path, page("The story of a small Qwen3-VL", [part for part in body if part], lead=lead, style=STYLE))
     return path
 
 
