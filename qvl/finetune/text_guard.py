@@ -142,6 +142,7 @@ class TextGuard:
         )
 
     def _nats(self, batch: Batch) -> float:
+        """As `qvl.train.language.nats_of`, of weights that can only be reached through the objective."""
         names = ("",) * len(batch.lengths)
         return self._sums(MicroBatch(batch, names, names))[0]
 
