@@ -2,14 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
 
 from qvl.commands import cli
+from qvl.commands.plan import Plan
 from qvl.finetune.pre_stage import text_tower_config
 from qvl.model.config import preset
-from qvl.recipes.pretrain import SIZES, STAGES, cost, count_parameters, pack_flops, s0, s1, v0
+from qvl.recipes.pretrain import STAGES, cost, count_parameters, pack_flops, s0, s1, v0
 from qvl.train.contrastive import pre_stage_flops
 
 
@@ -58,7 +60,7 @@ def test_v0_costs_what_a_run_of_it_counts_and_the_scores_of_the_steps_pairs(size
     assert pack_flops(stage, config) - counted == 3 * 2 * 128 * 32768 * config.vision.hidden_size
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", get_args(get_type_hints(Plan)["size"]))
 @pytest.mark.parametrize("name", STAGES)
 def test_every_stage_has_a_plan_at_every_published_size(size: str, name: str) -> None:
     stage = STAGES[name]()

@@ -210,7 +210,6 @@ def s3() -> Stage:
 
 
 STAGES = {"v0": v0, "s0": s0, "s1": s1, "s2": s2, "s3": s3}
-SIZES = ("2B", "4B", "8B", "32B", "30B-A3B", "235B-A22B")
 FRAME_PATCHES = 1024
 """Ours: a picture or frame of 512 x 512, for the cost of the tower's attention."""
 
