@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from qvl.model.qwen3vl import Qwen3VL, new_model
+from qvl.model.qwen3vl import new_model
 from qvl.parallel.data_parallel import join_world, leave_world
 from qvl.train.loop import fit
 from qvl.train.objective import NextToken
-from qvl.train.watch import evaluate_every, export_every
+from qvl.train.watch import export_every
 from test_train import Drawn, Pack, settings, small
 
 
@@ -35,7 +35,7 @@ def main(
     replicates: int = 0,
     is_muon: int = 0,
 ) -> None:
-    """`is_checkpointed`: activations are made again in the backward pass. `watch_every`: steps between evaluations and exports.
+    """`is_checkpointed`: activations are made again in the backward pass. `watch_every`: steps between exports.
     `replicates`: each rank holds the whole model. `is_muon`: its matrices learn by Muon."""
     torch.set_num_threads(1)
     world = join_world(torch.device("cpu"), replicates=bool(replicates))
@@ -51,7 +51,7 @@ def main(
     )
     watchers = []
     if watch_every:
-        watchers = [evaluate_every(watch_every, model, sizes, out, world), export_every(watch_every, model, out, world)]
+        watchers = [export_every(watch_every, model, out, world)]
     fit(
         NextToken(model, see_always=world.size > 1 and not world.replicates),
         stream,
@@ -60,10 +60,6 @@ def main(
         world,
         watchers=watchers,
     )
-
-
-def sizes(model: Qwen3VL) -> dict[str, float]:
-    return {"norm": float(sum(p.double().square().sum() for p in model.parameters()))}
 
 
 if __name__ == "__main__":

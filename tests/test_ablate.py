@@ -14,7 +14,7 @@ from qvl.core.log import read_jsonl
 from qvl.model.pack import pack
 from qvl.prompt.message import user
 from qvl.recipes.ablate import runner
-from qvl.recipes.ablate.ablation import Ablation, Material, Probe, answers_right, surprise
+from qvl.recipes.ablate.ablation import Ablation, Material, Probe, Trained, answers_right, surprise
 from qvl.recipes.ablate.arm import Arm, config_of, maker_of, sample_of
 from qvl.recipes.ablate.catalogue import ABLATIONS
 from qvl.recipes.ablate.clips import NAMES, ColourClip, after_flash, change
@@ -140,6 +140,20 @@ def test_the_answers_tokens_and_only_they_are_trained(material: Material) -> Non
         sample = sample_of(example.messages, material.processor, Arm(time=time))
         trained = sample.token_T[sample.is_target_T].tolist()
         assert material.processor.tokenizer.decode(trained).startswith(f"{example.answer}<|im_end|>")
+
+
+def test_surprise_is_what_the_answers_tokens_cost_summed_over_each_answer(material: Material) -> None:
+    run = Trained(model=runner.start(Arm(), material, seed=5).eval(), material=material, arm=Arm(), seed=2)
+    total = 0.0
+    for example in run.examples(CLIPS, 3):
+        sample = sample_of(example.messages, material.processor, Arm())
+        assert sample.is_target_T is not None
+        with torch.no_grad():
+            logits = run.model.logits(run.model(pack([sample], run.model.config)))[:-1].double()
+        place = sample.is_target_T[1:]
+        total += float(torch.nn.functional.cross_entropy(logits[place], sample.token_T[1:][place], reduction="sum"))
+    assert surprise(CLIPS, 3).measure(run) == pytest.approx(total / 3, rel=1e-5)
+    assert all(p.requires_grad and p.grad is None for p in run.model.parameters())
 
 
 # ---- worlds

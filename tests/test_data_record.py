@@ -6,18 +6,24 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_files import VIDEOS, chat, clip, document, film, picture, processor
+from data_files import VIDEOS, chat, clip, document, film, model_config, picture, processor
 from media_files import pdf
+from qvl.core.batch import Sample
+from qvl.data import draft as draft_module
 from qvl.data.draft import draft, fit
 from qvl.data.record import read_record, record_from_dict, record_to_json
 from qvl.data.sample import materialise
 from qvl.data.shard import ShardWriter, extents, read_entry
-from qvl.prompt.processor import Processor
+from qvl.model.pack import pack
+from qvl.prompt.message import Image, Video, assistant, user
+from qvl.prompt.processor import Encoded, Processor
+from qvl.prompt.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +149,6 @@ def test_lengths_known_from_facts_are_those_of_the_decoded_sample(small, record,
 
 
 def test_the_sample_is_that_of_the_processor(small) -> None:
-    from qvl.prompt.message import Image, assistant, user
-
     data = picture(3)
     sample = materialise(draft(chat("a", "what?", "that"), small), {"0.png": data}, small)
     theirs = small([user(Image(data), "what?"), assistant("that")], add_generation_prompt=False, targets="all").sample
@@ -196,6 +200,91 @@ def test_a_long_video_gets_fewer_frames_and_keeps_its_answer(small) -> None:
 def test_too_many_patches_shrink_the_pictures_of_a_chat(small) -> None:
     made = fit(chat("big", "q", "a", height=320, width=320), small, 1000, 100)
     assert made.fate == "rebudgeted" and made.num_patches <= 100
+
+
+@pytest.mark.parametrize(("kind", "budget"), [("image", (1000, 100)), ("video", (60, 400))])
+def test_the_text_is_tokenized_once_however_often_media_shrink(small, monkeypatch, kind: str, budget: Any) -> None:
+    image, video = chat("big", "what is it?", "a square", height=320, width=320), film("film", frames=40)
+    texts: list[str] = []
+    tries: list[int] = []
+    plain, build = Tokenizer._encode, draft_module.build_sample
+
+    def counted(tokenizer: Tokenizer, text: str) -> Any:
+        texts.append(text)
+        return plain(tokenizer, text)
+
+    def built(ids: list[int], *rest: Any) -> Any:
+        tries.append(len(ids))
+        return build(ids, *rest)
+
+    monkeypatch.setattr(Tokenizer, "_encode", counted)
+    monkeypatch.setattr(draft_module, "build_sample", built)
+    made = fit(image if kind == "image" else video, small, *budget)
+    assert made.fate == "rebudgeted" and len(tries) > 3 and tries[-1] == min(tries)
+    # A video's times change with its frames; all other text is met once.
+    assert len(texts) == len(set(texts))
+    said = [text for text in texts if "seconds>" not in text]
+    assert len(said) < len(tries) if kind == "video" else said == texts
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_record_that_was_made_to_fit_is_what_the_processor_gives_for_the_smaller_media(small, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    media, facts, content = {}, {}, []
+    for number in range(int(random.integers(1, 4))):
+        height, width = (int(side) * 16 for side in random.integers(6, 20, 2))
+        media[f"{number}.png"] = picture(number, height, width)
+        facts[f"{number}.png"] = {"w": width, "h": height}
+        content += [{"type": "text", "text": "look " * number}, {"type": "image", "image": f"{number}.png"}]
+    if seed % 2:
+        media["film.mp4"], facts["film.mp4"] = clip(24), {"w": 96, "h": 64, "num_frames": 24, "fps": 4.0}
+        content.insert(int(random.integers(0, len(content))), {"type": "video", "video": "film.mp4"})
+    messages = [
+        {"role": "user", "content": [*content, {"type": "text", "text": "what?"}]},
+        {"role": "assistant", "content": "that <|im_end|> and more"},
+    ]
+    record = record_from_dict({"id": "r", "kind": "sft", "media": facts, "messages": messages})
+    budget = int(draft(record, small).sample.num_tokens * random.uniform(0.6, 0.95))
+    theirs = shrunk_by_the_processor(small, content, media, budget)
+    made = fit(record, small, budget, 10**6)
+    sample = materialise(made, media, small)
+    assert made.fate == "rebudgeted" and sample.num_tokens <= budget
+    for name in ("token_T", "is_target_T", "grid_I3", "patch_PX"):
+        assert torch.equal(getattr(sample, name), getattr(theirs, name)), name
+    config = model_config(small)
+    assert torch.equal(pack([sample], config).position_3T, pack([theirs], config).position_3T)
+
+
+def shrunk_by_the_processor(small: Processor, content: list[Any], media: dict[str, bytes], budget: int) -> Sample:
+    """Renders and tokenizes the whole conversation anew at each try: videos shrink first, then images, each from its own size."""
+
+    def encoded(limits: dict[str, dict[str, int]]) -> Encoded:
+        parts = [
+            block["text"]
+            if block["type"] == "text"
+            else (Image if block["type"] == "image" else Video)(
+                media[name := block[block["type"]]], **limits.get(name, {})
+            )
+            for block in content
+        ]
+        turns = [user(*parts, "what?"), assistant("that <|im_end|> and more")]
+        return small(turns, add_generation_prompt=False, targets="all")
+
+    names = [block[block["type"]] for block in content if block["type"] != "text"]
+    whole = dict(zip(names, encoded({}).visuals, strict=True))
+    limits: dict[str, dict[str, int]] = {}
+    for suffix in (".mp4", ".png"):
+        ratio, before = 1.0, None
+        while limits != before and any(name.endswith(suffix) for name in names):
+            ratio, before = ratio * 0.8, dict(limits)
+            for name in (name for name in names if name.endswith(suffix)):
+                limits[name] = {"max_tokens": max(4, int(whole[name].num_tokens * ratio))}
+                if suffix == ".mp4":
+                    limits[name]["num_frames"] = max(2, 2 * int(whole[name].grid_I3.shape[0] * ratio**0.5))
+            sample = encoded(limits).sample
+            if sample.num_tokens <= budget:
+                return sample
+    raise AssertionError("the budget is too small for this test")
 
 
 @pytest.mark.parametrize(("max_tokens", "max_patches"), [(28, 1000), (1000, 40)])

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from adapters import adapter_parameters
 from data_files import processor, texts, write_shards
 from qvl.commands import cli
 from qvl.finetune.config import ComputeSettings, ForgettingSettings, LoraSettings, OptimizerSettings, PackSettings, Tune
 from qvl.finetune.dry_run import dry_run
-from qvl.model.lora import LoraConfig, adapter_parameters, add_adapter
+from qvl.model.lora import LoraConfig, add_adapter
 from qvl.model.weights import save
 from qvl.parallel.memory import Stack, training_memory
 from qvl.prompt.processor import Processor

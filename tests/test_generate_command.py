@@ -10,10 +10,11 @@ import pytest
 import torch
 from transformers import Qwen3VLForConditionalGeneration
 
+from adapters import adapter_parameters
 from media_files import encoded, gradient, numbered_frame, pdf, write_video
 from qvl.commands import cli
 from qvl.commands.generate import Watched
-from qvl.model.lora import LoraConfig, adapter_parameters, add_adapter, save_adapter
+from qvl.model.lora import LoraConfig, add_adapter, save_adapter
 from qvl.model.vision import normalise
 from qvl.model.weights import load
 from qvl.outside.workers import InProcess

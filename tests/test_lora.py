@@ -20,10 +20,10 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
 )
 
+from adapters import adapter_parameters
 from qvl.model.lora import (
     LoraConfig,
     LoraLinear,
-    adapter_parameters,
     add_adapter,
     load_adapter,
     merge,

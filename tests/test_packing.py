@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qvl.core.batch import Batch, Sample
+from qvl.data.micro_batch import micro_batch
 from qvl.model.attention import KERNELS, Packed
 from qvl.model.layers import PLAIN_BLOCKS, Blocks
 from qvl.model.moe import load_balancing_loss
@@ -18,6 +19,7 @@ from qvl.model.pack import pack
 from qvl.model.qwen3vl import Qwen3VL
 from qvl.model.vision import VisualFeatures, frame_chunks
 from qvl.model.weights import load
+from qvl.recipes.made_stream import packed
 from tests.golden import IMAGE, VIDEO, VISION_END, VISION_START, folder
 
 NAMES = ("dense_tied", "moe")
@@ -213,3 +215,15 @@ def test_patches_that_do_not_fit_the_grids_are_refused() -> None:
 def test_an_empty_pack_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one sample"):
         pack([], double("dense_tied").config)
+
+
+def test_a_micro_batch_keeps_the_order_given_and_a_made_one_puts_equal_lengths_side_by_side() -> None:
+    config = double("dense_tied").config
+    samples = [Sample(token_T=torch.full((length,), length)) for length in (3, 2, 3, 2)]
+    names, kinds = ("a", "b", "c", "d"), ("x", "y", "x", "z")
+    plain, made = micro_batch(samples, names, kinds, config), packed(samples, names, kinds, config)
+    assert (plain.batch.lengths, plain.ids, plain.categories) == ((3, 2, 3, 2), names, kinds)
+    assert (made.batch.lengths, made.ids, made.categories) == ((2, 2, 3, 3), ("b", "d", "a", "c"), ("y", "z", "x", "x"))
+    assert made.batch.token_T.tolist() == [2, 2, 2, 2, 3, 3, 3, 3, 3, 3]
+    with pytest.raises(ValueError, match="4 samples came with 3 ids and 4 categories; give each sample one of both"):
+        micro_batch(samples, names[:3], kinds, config)

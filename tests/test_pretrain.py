@@ -2,13 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
 
 from qvl.commands import cli
+from qvl.commands.plan import Plan
+from qvl.finetune.pre_stage import text_tower_config
 from qvl.model.config import preset
-from qvl.recipes.pretrain import SIZES, STAGES, cost, count_parameters, pack_flops, s0, s1, v0
+from qvl.recipes.pretrain import STAGES, cost, count_parameters, pack_flops, s0, s1, v0
+from qvl.train.contrastive import pre_stage_flops
 
 
 def test_budgets_and_lengths_are_those_of_table_1() -> None:
@@ -46,7 +50,17 @@ def test_v0_trains_the_tower_and_its_helpers_and_counts_the_text_tower() -> None
     assert rule_of_thumb < pack_flops(stage, preset("8B")) < 1.4 * rule_of_thumb
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", ["2B", "8B"])
+def test_v0_costs_what_a_run_of_it_counts_and_the_scores_of_the_steps_pairs(size: str) -> None:
+    stage, config = v0(), preset(size)
+    assert config.vision is not None
+    text = text_tower_config(config.vision, 256_000, 64)
+    counted = pre_stage_flops(config, text, (1024,) * 128, 128)
+    # 128 images of a pack with 32,768 captions of a step, at 2 operations a number, three times
+    assert pack_flops(stage, config) - counted == 3 * 2 * 128 * 32768 * config.vision.hidden_size
+
+
+@pytest.mark.parametrize("size", get_args(get_type_hints(Plan)["size"]))
 @pytest.mark.parametrize("name", STAGES)
 def test_every_stage_has_a_plan_at_every_published_size(size: str, name: str) -> None:
     stage = STAGES[name]()

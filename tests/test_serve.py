@@ -11,9 +11,10 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
+from adapters import adapter_parameters
 from media_files import encoded, gradient, numbered_frame, pdf, write_video
 from qvl.commands.serve import Serve
-from qvl.model.lora import LoraConfig, adapter_parameters, add_adapter, save_adapter
+from qvl.model.lora import LoraConfig, add_adapter, save_adapter
 from qvl.model.weights import load
 from qvl.serve.run import Server
 from serve_doubles import address, data_uri, image, noise, picture, running, user, video

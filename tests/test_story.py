@@ -264,7 +264,7 @@ def test_a_token_is_read_where_its_word_lies(pupil: Pupil) -> None:
 def test_a_text_pack_is_no_dense_pack(pupil: Pupil) -> None:
     objective = Dense(pupil.model, colours=6, shapes=4)
     stream = MadeStream({"p": (of_text(pupil.prose_T, 16, seed=0), 1.0)}, pupil.model.config, samples=2, seed=0)
-    with pytest.raises(ValueError, match="a MadePack came; dense labels learn from DensePack"):
+    with pytest.raises(ValueError, match="a MicroBatch came; dense labels learn from DensePack"):
         objective.prepare(stream.next_step()[0])
     stream.close()
 

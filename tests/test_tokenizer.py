@@ -57,12 +57,7 @@ WORDS += ["\u1e9b\u0323", "หวัดดี", "नमस्ते", "Å", "   
 def test_ids_are_the_published_ones(tokenizer):
     assert tokenizer.encode_text("<0.3 seconds>") == [27, 15, 13, 18, 6486, 29]
     assert tokenizer.encode_control("<|im_start|>user\n") == [151644, 872, 198]
-    assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.num_ids, tokenizer.num_plain_ids) == (
-        151645,
-        151643,
-        151669,
-        151643,
-    )
+    assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.num_ids) == (151645, 151643, 151669)
 
 
 def test_ids_equal_transformers_on_mixed_text(tokenizer, published):

@@ -13,7 +13,7 @@ from data_files import processor, texts, write_shards
 from qvl.commands import cli
 from qvl.core.batch import Sample
 from qvl.data.index import fingerprint
-from qvl.data.loader import MicroBatch
+from qvl.data.micro_batch import micro_batch
 from qvl.data.mixture import SourceConfig, mixture_from_dict
 from qvl.data.packing import PackBudget
 from qvl.data.source import Source, open_source
@@ -21,7 +21,6 @@ from qvl.data.store import Store
 from qvl.finetune import text_guard
 from qvl.finetune.text_guard import TextGuard, TextLostError, built_in_text, held_out_text
 from qvl.finetune.tune_data import contents, open_data, split
-from qvl.model.pack import pack
 from qvl.model.weights import load, save
 from qvl.parallel.data_parallel import World
 from qvl.prompt.processor import Processor
@@ -163,7 +162,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, *bits: float) -> None:
 def guard_of(small: Processor, out: Path, *, most: float = 1.05) -> TextGuard:
     model = small_model(small)
     sample = Sample(token_T=torch.tensor([5, 6, 7]), is_target_T=torch.tensor([False, True, True]))
-    micro = MicroBatch(pack([sample], model.config), ("a",), ("chat",))
+    micro = micro_batch([sample], ["a"], ["chat"], model.config)
     return TextGuard(NextToken(model), small.tokenizer, "x", ALONE, out, every=2, most=most, held_out=lambda: [micro])
 
 

@@ -1,4 +1,4 @@
-"""Watchers of a run: evaluations on the way, folders on the way, and what the log says of a step."""
+"""Watchers of a run: what they see and may do, folders on the way, and what the log says of a step."""
 
 import subprocess
 import sys
@@ -13,61 +13,45 @@ from contrastive_ranks import captioned, drawn_pictures, tiny
 from qvl.core.log import read_jsonl
 from qvl.model.flops import forward_flops, pool_flops, text_tower_flops, vision_flops
 from qvl.model.lora import LoraConfig, add_adapter, merge
-from qvl.model.qwen3vl import Qwen3VL, new_model
+from qvl.model.qwen3vl import new_model
 from qvl.model.weights import load
 from qvl.train import objective as objective_module
 from qvl.train.checkpoint import newest
 from qvl.train.contrastive import V0_RATES
-from qvl.train.loop import LoopConfig, StepReport, fit
+from qvl.train.loop import LoopConfig, StepReport, Watcher, fit
 from qvl.train.objective import NextToken
 from qvl.train.optimizer import OptimizerConfig
-from qvl.train.watch import evaluate_every, export_every, snapshot
+from qvl.train.watch import export_every, snapshot
 from test_contrastive import Fixed
 from test_train import ALONE, Drawn, settings, small, trained
 
 HERE = Path(__file__).parent
 
 
-def norm_of(model: Qwen3VL) -> dict[str, float]:
-    """An evaluation: some number that follows from the weights."""
-    assert not model.training
-    assert not torch.is_grad_enabled()
-    return {"norm": float(sum(p.double().square().sum() for p in model.parameters()))}
-
-
-def test_every_second_step_and_the_last_are_judged_and_later_watchers_see_the_numbers(tmp_path: Path) -> None:
-    model = new_model(small())
+def test_what_a_watcher_returns_is_seen_by_later_ones_and_not_in_the_log(tmp_path: Path) -> None:
     seen: list[tuple[int, bool]] = []
-    watchers = [
-        evaluate_every(2, model, norm_of, tmp_path, ALONE),
+    watchers: list[Watcher] = [
+        lambda report: {"eval/norm": 1.0} if report.step % 2 == 0 else None,
         lambda report: seen.append((report.step, "eval/norm" in report.values)),
     ]
-    trained(tmp_path, model, settings(5), watchers=watchers)
-    assert [row["step"] for row in read_jsonl(tmp_path / "eval.jsonl")] == [2, 4, 5]
-    assert seen == [(1, False), (2, True), (3, False), (4, True), (5, True)]
-    assert "eval/norm" not in read_jsonl(tmp_path / "log.jsonl")[1]
+    trained(tmp_path, new_model(small()), settings(3), watchers=watchers)
+    assert seen == [(1, False), (2, True), (3, False)]
+    assert all("eval/norm" not in row for row in read_jsonl(tmp_path / "log.jsonl"))
 
 
-def test_evaluating_changes_nothing_in_the_run_and_a_resumed_run_judges_a_step_once(tmp_path: Path) -> None:
-    def run(name: str, judged: bool, **changes: Any) -> list[dict[str, Any]]:
+def test_a_watcher_that_takes_random_numbers_changes_nothing_in_the_run(tmp_path: Path) -> None:
+    def run(name: str, *watchers: Watcher, **changes: Any) -> list[dict[str, Any]]:
         model = new_model(small())
         add_adapter(model, LoraConfig(r=4, dropout=0.3))
-
-        def evaluate(model: Qwen3VL) -> dict[str, float]:
-            torch.rand(3)  # draws from the same generator as dropout
-            return norm_of(model)
-
-        watchers = [evaluate_every(1, model, evaluate, tmp_path / name, ALONE)] if judged else []
         return trained(tmp_path / name, model, settings(4, checkpoint_every=2), watchers=watchers, **changes)
 
-    plain = run("plain", judged=False)
-    run("judged", judged=True, stop_after=3)
-    # As after a kill: the checkpoint of step 3 is lost, so the step is taken and judged again.
-    for file in (tmp_path / "judged" / "step-00000003").iterdir():
-        file.unlink()
-    rows = run("judged", judged=True)
+    def watch(report: StepReport) -> None:
+        torch.rand(3)  # from the same generator as dropout
+
+    plain = run("plain")
+    run("watched", watch, stop_after=3)
+    rows = run("watched", watch)
     assert [row["grad_norm"] for row in rows] == [row["grad_norm"] for row in plain]
-    assert [row["step"] for row in read_jsonl(tmp_path / "judged" / "eval.jsonl")] == [1, 2, 3, 4]
 
 
 def test_folders_on_the_way_hold_the_weights_of_their_step_with_the_adapter_merged(tmp_path: Path) -> None:
@@ -106,20 +90,14 @@ def test_two_checkpointed_ranks_export_what_one_plain_rank_exports(tmp_path: Pat
     for key, rel in (("loss", 1e-6), ("grad_norm", 1e-4), ("tokens", 0), ("patches", 0)):
         one, two = ([row[key] for row in read_jsonl(tmp_path / str(r) / "log.jsonl")] for r in (1, 2))
         assert two == pytest.approx(one, rel=rel), key
-    judged = [[row["eval/norm"] for row in read_jsonl(tmp_path / str(r) / "eval.jsonl")] for r in (1, 2)]
-    assert judged[1] == pytest.approx(judged[0], rel=1e-5)
     one, two = (dict(load(tmp_path / str(r) / "export-00000002").named_parameters()) for r in (1, 2))
     for name, parameter in one.items():
         torch.testing.assert_close(two[name], parameter, atol=2e-4, rtol=1e-2, msg=name)
 
 
-@pytest.mark.parametrize("make", [evaluate_every, export_every])
-def test_no_steps_between_two_is_refused(make: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"0 steps between .*; expected 1 or more"):
-        if make is evaluate_every:
-            evaluate_every(0, new_model(small()), norm_of, tmp_path, ALONE)
-        else:
-            export_every(0, new_model(small()), tmp_path, ALONE)
+def test_no_steps_between_two_exports_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"0 steps between exports; expected 1 or more"):
+        export_every(0, new_model(small()), tmp_path, ALONE)
 
 
 def test_a_line_says_what_the_step_read_and_how_full_its_packs_were(tmp_path: Path) -> None:

@@ -13,7 +13,16 @@ from qvl.prompt.budget import ImageBudget, smart_resize
 from qvl.prompt.document import DPI, page_target
 from qvl.prompt.media import image_budget_for, video_sampling_for
 from qvl.prompt.message import Image, Video
-from qvl.prompt.placeholder import MERGED_PATCHES, build_sample, encode, expand_slots, tokens_of_rows, truncate
+from qvl.prompt.placeholder import (
+    MERGED_PATCHES,
+    EncodeRun,
+    build_sample,
+    encode,
+    expand_slots,
+    run_encoder,
+    tokens_of_rows,
+    truncate,
+)
 from qvl.prompt.processor import Processor
 from qvl.prompt.sampling import VideoMeta, VideoSampling, sample_indices, video_size
 from qvl.prompt.template import Segment, VisualSlot
@@ -48,7 +57,7 @@ class Draft:
 
 def draft(record: Record, processor: Processor) -> Draft:
     """The whole record. Runs the very code that makes the sample, on visuals without patches: the lengths cannot drift apart."""
-    return _draft(record, _segments(record, processor), processor)
+    return _draft(record, _segments(record, processor), processor, run_encoder(processor.tokenizer))
 
 
 def fit(record: Record, processor: Processor, max_tokens: int, max_patches: int, piece: int = 0) -> Draft:
@@ -59,7 +68,8 @@ def fit(record: Record, processor: Processor, max_tokens: int, max_patches: int,
     picture or slice.
     """
     segments = _segments(record, processor)
-    whole = _draft(record, segments, processor)
+    encode_run = run_encoder(processor.tokenizer)  # the text is tokenized once, however often media shrink
+    whole = _draft(record, segments, processor, encode_run)
     if record.kind == "pretrain" and not whole.parts:
         return whole if whole.sample.num_tokens <= max_tokens else _piece(whole, max_tokens, piece)
     if _fits(whole, max_tokens, max_patches):
@@ -74,7 +84,7 @@ def fit(record: Record, processor: Processor, max_tokens: int, max_patches: int,
             segments = [_shrunk(s, kind, ratio, whole, processor) for s in segments]
             if segments == before or ratio < 1e-4:
                 break
-            smaller = _draft(record, segments, processor)
+            smaller = _draft(record, segments, processor, encode_run)
             if _fits(smaller, max_tokens, max_patches):
                 return replace(smaller, fate="rebudgeted")
     return _cut(smaller, max_tokens, max_patches, processor)
@@ -95,11 +105,11 @@ def _segments(record: Record, processor: Processor) -> list[Segment]:
     )
 
 
-def _draft(record: Record, segments: Sequence[Segment], processor: Processor) -> Draft:
+def _draft(record: Record, segments: Sequence[Segment], processor: Processor, encode_run: EncodeRun) -> Draft:
     parts = tuple(segment.part for segment in segments if isinstance(segment, VisualSlot))
     stand_ins = tuple(stand_in(part, record, processor) for part in parts)
     expanded = expand_slots(segments, stand_ins, form=processor.form, label_style=record.time_style)
-    ids, targets = encode(expanded, processor.tokenizer)
+    ids, targets = encode(expanded, processor.tokenizer, encode_run=encode_run)
     if not ids:
         raise ValueError(f"record {record.id!r} holds no text and no media; nothing can be learned from it.")
     targets[0] = False  # nothing stands before it that could predict it

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from qvl.core.batch import Batch, Sample
+from qvl.core.batch import Sample
 from qvl.data.deal import cost_of, deal
 from qvl.data.index import fingerprint
+from qvl.data.micro_batch import MicroBatch, micro_batch
 from qvl.data.mixture import Mixture
 from qvl.data.order import key_of
 from qvl.data.packing import PackBudget
@@ -18,21 +19,11 @@ from qvl.data.quarantine import FILE, Failure, Quarantine
 from qvl.data.source import Source, open_source, stand_in_items
 from qvl.data.store import Store
 from qvl.model.config import ModelConfig
-from qvl.model.pack import pack
 from qvl.outside.workers import Decoder, WorkerPool
 from qvl.prompt.processor import Processor
 
 TRIES = 64
 """Records looked at, per source, before a place in a pack stays empty."""
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """One pack. `ids` and `categories` have one entry for each of the batch's sequences."""
-
-    batch: Batch
-    ids: tuple[str, ...]
-    categories: tuple[str, ...]
 
 
 class Reader(Protocol):
@@ -62,7 +53,7 @@ class TokenReader:
     def collate(
         self, samples: list[Sample], ids: tuple[str, ...], categories: tuple[str, ...], model_config: ModelConfig
     ) -> MicroBatch:
-        return MicroBatch(pack(samples, model_config), ids, categories)
+        return micro_batch(samples, ids, categories, model_config)
 
 
 @dataclass(frozen=True, kw_only=True)

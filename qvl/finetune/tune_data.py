@@ -8,14 +8,14 @@ import numpy as np
 
 from qvl.core.batch import Sample
 from qvl.core.log import log
-from qvl.data.loader import Loader, MicroBatch, make_loader
+from qvl.data.loader import Loader, make_loader
+from qvl.data.micro_batch import MicroBatch, micro_batch
 from qvl.data.mixture import Mixture
 from qvl.data.packing import PackBudget
 from qvl.data.plan import Item, Lengths
 from qvl.data.source import Source
 from qvl.data.store import Store
 from qvl.model.config import ModelConfig
-from qvl.model.pack import pack
 from qvl.outside.workers import Decoder
 from qvl.parallel.data_parallel import World
 from qvl.prompt.processor import Processor
@@ -55,7 +55,7 @@ class HeldOut:
                 ids.append(id)
                 categories.append(source.category(item.record))
             if samples:
-                yield MicroBatch(pack(samples, self.model_config), tuple(ids), tuple(categories))
+                yield micro_batch(samples, ids, categories, self.model_config)
 
 
 def open_data(

@@ -206,11 +206,6 @@ def unload(model: Qwen3VL) -> None:
     _detach(model)
 
 
-def adapter_parameters(model: Qwen3VL) -> dict[str, nn.Parameter]:
-    """What trains while an adapter is attached: its matrices and nothing else, by parameter name."""
-    return {name: p for name, p in model.named_parameters() if name.endswith((".lora_down", ".lora_up"))}
-
-
 def save_adapter(model: Qwen3VL, folder: Path | str, *, base: str | None = None) -> None:
     """Write adapter_config.json and adapter_model.safetensors, which PEFT loads. `base` names the base model for the reader."""
     layers = _attached(model)

@@ -1,7 +1,8 @@
 """Placeholders: the one place where pictures become runs of pad tokens, for training, RL and serving alike."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Literal, get_args
 
 import torch
@@ -85,8 +86,23 @@ def expand_slots(
     return expanded
 
 
-def encode(segments: Iterable[Segment | Pads], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """Ids of the segments, and for each id whether it is a training target.
+Run = tuple[tuple[str, bool], ...]
+"""Plain text between two control tokens: its pieces, each with whether it is a training target."""
+EncodeRun = Callable[[Run], tuple[list[int], list[bool]]]
+"""A run -> its ids, and for each whether it is a training target."""
+
+
+def run_encoder(tokenizer: Tokenizer) -> EncodeRun:
+    """Tokenizes each run once and remembers its ids. Make one for a conversation that is encoded several times, with other counts of
+    placeholders; it grows with every new run."""
+    return cache(partial(_encode_run, tokenizer=tokenizer))
+
+
+def encode(
+    segments: Iterable[Segment | Pads], tokenizer: Tokenizer, *, encode_run: EncodeRun | None = None
+) -> tuple[list[int], list[bool]]:
+    """Ids of the segments, and for each id whether it is a training target. `encode_run` tokenizes the runs
+    in the tokenizer's place (see `run_encoder`).
 
     All plain text between two control tokens is tokenized as one run, whoever wrote its pieces, because that is what a
     tokenizer sees that gets the whole prompt as a string: the ids equal transformers'. A token that reaches over the
@@ -95,9 +111,10 @@ def encode(segments: Iterable[Segment | Pads], tokenizer: Tokenizer) -> tuple[li
     ids: list[int] = []
     targets: list[bool] = []
     run: list[tuple[str, bool]] = []
+    encode_run = encode_run or partial(_encode_run, tokenizer=tokenizer)
 
     def close_run() -> None:
-        run_ids, run_targets = _encode_run(run, tokenizer)
+        run_ids, run_targets = encode_run(tuple(run))
         ids.extend(run_ids)
         targets.extend(run_targets)
         run.clear()
@@ -123,7 +140,7 @@ def encode(segments: Iterable[Segment | Pads], tokenizer: Tokenizer) -> tuple[li
     return ids, targets
 
 
-def _encode_run(run: Sequence[tuple[str, bool]], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+def _encode_run(run: Run, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
     text = "".join(piece for piece, _ in run)
     if not text:
         return [], []

@@ -140,11 +140,6 @@ class Tokenizer:
         return len(self._bytes_of)
 
     @property
-    def num_plain_ids(self) -> int:
-        """Size of the byte-pair vocabulary, without control tokens."""
-        return self._backend.get_vocab_size(with_added_tokens=False)
-
-    @property
     def control_ids(self) -> frozenset[int]:
         return frozenset(self._control_of)
 

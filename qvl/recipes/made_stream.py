@@ -6,17 +6,16 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qvl.core.batch import Batch, Sample
+from qvl.core.batch import Sample
 from qvl.data.deal import deal
+from qvl.data.micro_batch import MicroBatch, micro_batch
 from qvl.model.config import ModelConfig
-from qvl.model.pack import pack
 from qvl.parallel.data_parallel import World
 from qvl.prompt.processor import Processor
 from qvl.train.objective import Micro
@@ -30,22 +29,14 @@ Assemble = Callable[[list[Any], tuple[str, ...], tuple[str, ...], ModelConfig], 
 """(what the makers made, its ids, its categories, the model's config) -> one forward's worth."""
 
 
-@dataclass(frozen=True)
-class MadePack:
-    batch: Batch
-    ids: tuple[str, ...]
-    categories: tuple[str, ...]
-
-
 def num_tokens(sample: Sample) -> int:
     return sample.num_tokens
 
 
-def packed(samples: list[Sample], ids: tuple[str, ...], categories: tuple[str, ...], config: ModelConfig) -> MadePack:
+def packed(samples: list[Sample], ids: tuple[str, ...], categories: tuple[str, ...], config: ModelConfig) -> MicroBatch:
     """Equal lengths side by side: attention takes each run of them in one call."""
     order = sorted(range(len(samples)), key=lambda i: samples[i].num_tokens)
-    batch = pack([samples[i] for i in order], config)
-    return MadePack(batch, tuple(ids[i] for i in order), tuple(categories[i] for i in order))
+    return micro_batch([samples[i] for i in order], [ids[i] for i in order], [categories[i] for i in order], config)
 
 
 class MadeStream:

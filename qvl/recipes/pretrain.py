@@ -11,7 +11,7 @@ from qvl.model.config import ModelConfig, VisionConfig, preset
 from qvl.model.flops import forward_flops, vision_flops
 from qvl.model.qwen3vl import Qwen3VL, empty_model
 from qvl.parallel.memory import decoder_stack, head_bytes, training_memory, vision_stack
-from qvl.train.contrastive import V0_RATES
+from qvl.train.contrastive import V0_RATES, pre_stage_flops
 from qvl.train.parameters import Part, Rates, part_of
 
 
@@ -210,7 +210,6 @@ def s3() -> Stage:
 
 
 STAGES = {"v0": v0, "s0": s0, "s1": s1, "s2": s2, "s3": s3}
-SIZES = ("2B", "4B", "8B", "32B", "30B-A3B", "235B-A22B")
 FRAME_PATCHES = 1024
 """Ours: a picture or frame of 512 x 512, for the cost of the tower's attention."""
 
@@ -271,16 +270,11 @@ def _vision(config: ModelConfig) -> VisionConfig:
 
 
 def pair_flops(stage: Stage, config: ModelConfig) -> float:
-    """One pack of V0, forward and backward: tower without mergers, pooling head, text tower, and the scores of all pairs of the step."""
+    """One pack of V0, forward and backward: what a run counts, and the scores of its images with all captions of the step."""
     vision, pictures = _vision(config), stage.pack_tokens // stage.mean_length
-    patches, width, joined = pictures * FRAME_PATCHES, vision.hidden_size, vision.hidden_size * vision.merge_area
-    mergers = (1 + len(vision.deepstack_visual_indexes)) * 2 * (patches // vision.merge_area)
-    tower = vision_flops(config, (FRAME_PATCHES,) * pictures) - mergers * joined * (joined + vision.out_hidden_size)
-    pool = 4 * patches * width * width
-    length, block = stage.caption_tokens, 4 * width * width + 2 * width * vision.intermediate_size
-    text = pictures * vision.depth * (2 * length * block + 4 * length * length * width)
-    scores = 2 * pictures * PAIRS_PER_STEP * width
-    return 3 * (tower + pool + text + scores)
+    text = text_tower_config(vision, GEMMA_IDS, stage.caption_tokens)
+    scores = 2 * pictures * PAIRS_PER_STEP * text.projection_size
+    return pre_stage_flops(config, text, (FRAME_PATCHES,) * pictures, pictures) + 3 * scores
 
 
 def pack_flops(stage: Stage, config: ModelConfig) -> float:

@@ -31,7 +31,6 @@ th{color:var(--faint);font-weight:500}td.number,th.number{text-align:right;font-
 figure{margin:1rem 0}img{max-width:100%;height:auto;border-radius:4px}svg.plot{width:100%;min-width:34rem;max-width:60rem;height:auto}
 pre,code{font:.86rem/1.5 ui-monospace,SFMono-Regular,Menlo,monospace}
 pre{background:var(--panel);padding:.8rem;border-radius:6px;white-space:pre-wrap;overflow-wrap:anywhere;margin:.6rem 0}
-details{margin:.6rem 0}summary{cursor:pointer;color:var(--mark)}
 """
 
 
@@ -75,11 +74,6 @@ def section(title: str, *parts: str) -> Html:
 
 def text(words: str) -> Html:
     return tag("p", words)
-
-
-def folded(summary: str, *parts: str) -> Html:
-    """Closed until it is clicked."""
-    return tag("details", tag("summary", summary), *parts)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> Html:

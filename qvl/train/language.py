@@ -35,6 +35,9 @@ def bits_per_byte(
 
 
 def nats_of(model: Qwen3VL) -> Nats:
+    """How much a batch surprises the model: the sum over its targets, all of weight 1, of -ln p. Computed on the model's device, without
+    gradient and without full logits; the model stays in its mode."""
+
     @torch.no_grad()
     def ask(batch: Batch) -> float:
         aim = targets(batch, power=0.0).to(model.device)

@@ -4,10 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from qvl.core.batch import Sample
 from qvl.model.pack import pack
 from qvl.model.qwen3vl import Qwen3VL
 from qvl.prompt.example import Example
@@ -16,7 +14,7 @@ from qvl.recipes.ablate.arm import Arm, sample_of
 from qvl.recipes.made_stream import Maker
 from qvl.scoring.registry import score_answers
 from qvl.session import Session
-from qvl.train.loss import linear_cross_entropy, targets
+from qvl.train.language import nats_of
 from qvl.worlds.world import World
 
 
@@ -93,16 +91,9 @@ def answers_right(world: World, count: int, *, max_tokens: int = 12) -> Probe:
 def surprise(world: World, count: int) -> Probe:
     """Nats of a right answer, summed over its tokens: moves long before whole answers are right."""
 
-    @torch.inference_mode()
     def measure(run: Trained) -> float:
         samples = [sample_of(e.messages, run.material.processor, run.arm) for e in run.examples(world, count)]
-        return sum(_nats(run.model, samples[low : low + 32]) for low in range(0, count, 32)) / count
+        nats = nats_of(run.model)
+        return sum(nats(pack(samples[low : low + 32], run.model.config)) for low in range(0, count, 32)) / count
 
     return Probe(measure=measure, unit="nats an answer", is_less_better=True, without_looking=lambda: world.prior.nats)
-
-
-def _nats(model: Qwen3VL, samples: Sequence[Sample]) -> float:
-    batch = pack(samples, model.config)
-    aim = targets(batch, power=0.0)
-    loss, _ = linear_cross_entropy(model(batch)[aim.row_R], model.head_weight, aim.label_R, aim.weight_R)
-    return float(loss)
