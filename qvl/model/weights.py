@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -83,11 +83,11 @@ def stored_dtype(folder: Path | str) -> torch.dtype:
 
 
 class Source:
-    """All safetensors files of a folder, opened by mapping; names are checked before any tensor is read."""
+    """All safetensors files of a folder, or the given ones, opened by mapping; names are checked before any tensor is read."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, files: Sequence[Path] | None = None) -> None:
         self.folder = folder
-        self.files = {path: _open(path) for path in _shards(folder)}
+        self.files = {path: _open(path) for path in (_shards(folder) if files is None else files)}
         self._mapped = 0
         self.home: dict[str, Path] = {}
         for path, file in self.files.items():
@@ -98,16 +98,21 @@ class Source:
                     )
                 self.home[name] = path
 
-    def get(self, name: str) -> Tensor:
+    def get(self, name: str, rows: slice | None = None) -> Tensor:
+        """The tensor, or only the given rows of its first axis: no other bytes are read."""
         path = self.home[name]
         try:
-            tensor = self.files[path].get_tensor(name)
+            file = self.files[path]
+            tensor = file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
         except (SafetensorError, RuntimeError, OSError) as error:
             raise ValueError(f"{path} could not give tensor {name}: {error}.") from None
         self._mapped += tensor.nbytes
         if self._mapped > MAPPED_BYTES:
             self.files[path], self._mapped = _open(path), 0
         return tensor
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.files[self.home[name]].get_slice(name).get_shape())
 
     def where(self, name: str) -> str:
         return str(self.home.get(name, self.folder))

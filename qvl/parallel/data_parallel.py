@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from qvl.core.device import place
 from qvl.model.qwen3vl import Qwen3VL
@@ -139,6 +139,32 @@ def from_owners(tensors: Sequence[Tensor], owners: Sequence[int], world: World) 
 def whole(x: Tensor) -> Tensor:
     """The unsharded tensor (every rank must call this together)."""
     return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def own_rows(x: Tensor) -> slice | None:
+    """The rows of a sharded tensor that this rank holds, by FSDP2's rule; None where it holds all of them.
+
+    N ranks get ceil(rows / N) each, the last ones what is left, which may be fewer or none.
+    """
+    if not isinstance(x, DTensor):
+        return None
+    assert x.placements == (Shard(0),), f"expected a tensor sharded by rows, got {x.placements}"
+    each = -(-x.shape[0] // x.device_mesh.size())
+    first = min(x.device_mesh.get_local_rank() * each, x.shape[0])
+    return slice(first, min(first + each, x.shape[0]))
+
+
+def own_part(x: Tensor) -> Tensor:
+    """What this rank holds of a tensor, with the same memory and without gradient."""
+    return x.to_local().detach() if isinstance(x, DTensor) else x.detach()
+
+
+def from_part(part: Tensor, like: Tensor) -> Tensor:
+    """A tensor sharded as `like` is, of which this rank holds `part`; `part` itself where nothing is sharded. On the device of `like`."""
+    part = part.to(like.device)
+    if not isinstance(like, DTensor):
+        return part
+    return DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
 
 
 def total_norm(gradients: list[Tensor]) -> Tensor:
