@@ -45,8 +45,7 @@ class Stored(Mapping[str, Tensor]):
 
     def kind(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """(dtype, shape), without reading it."""
-        shape = self.source.shape(name)
-        return self.source.get(name, slice(0, 0) if shape else None).dtype, shape
+        return self.source.kind(name)
 
 
 @dataclass(frozen=True)
