@@ -17,10 +17,10 @@ from qvl.train.optimizer import shared_out
 HERE = Path(__file__).parent
 
 
-def run(out: Path, ranks: int, steps: int, *, replicates: bool = False, muon: bool = False) -> None:
+def run(out: Path, ranks: int, steps: int, *, replicates: bool = False, muon: bool = False, every: int = 0) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     done = subprocess.run(
-        [*command, str(HERE / "ranks.py"), str(out), str(steps), "0", "0", "0", str(int(replicates)), str(int(muon))],
+        [*command, str(HERE / "ranks.py"), *map(str, (out, steps, every, 0, 0, int(replicates), int(muon)))],
         cwd=HERE,
         capture_output=True,
         text=True,

@@ -1,19 +1,26 @@
 """The dry run counts what a run would read, train and hold, and leaves --out alone; a run states what it expects."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from adapters import adapter_parameters
 from data_files import processor, texts, write_shards
 from qvl.commands import cli
 from qvl.finetune.config import ComputeSettings, ForgettingSettings, LoraSettings, OptimizerSettings, PackSettings, Tune
 from qvl.finetune.dry_run import dry_run
+from qvl.finetune.tune import loop_config, lora_config
 from qvl.model.lora import LoraConfig, add_adapter
-from qvl.model.weights import save
+from qvl.model.weights import load, save
+from qvl.parallel.data_parallel import World
 from qvl.parallel.memory import Stack, training_memory
 from qvl.prompt.processor import Processor
-from qvl.train.parameters import Rates, part_of
+from qvl.train.checkpoint import FROZEN, save_run
+from qvl.train.objective import NextToken
+from qvl.train.optimizer import Optimizer
+from qvl.train.parameters import Rates, freeze, part_of
 from qvl.train.run import Expect, judged
 from tune_files import small_config, small_model
 
@@ -53,6 +60,8 @@ def test_the_flag_prints_the_plan_and_touches_nothing(here: Path, capsys: pytest
         "optimizer",
         "activations",
         "at most 1.05",
+        "GiB of checkpoints: 2 of",
+        "frozen",
     ):
         assert word in told, word
     assert sorted(here.rglob("*")) == before
@@ -90,6 +99,46 @@ def test_frozen_parts_and_lora_train_less(small: Processor, here: Path) -> None:
     add_adapter(model, LoraConfig(r=4))
     assert lora.trained == {"adapter": sum(p.numel() for p in adapter_parameters(model).values())}
     assert lora.memory_bytes["kept activations"] < dry_run(settings(compute=cpu)).memory_bytes["kept activations"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"lora": LoraSettings(lora_rank=4)},
+        {"optimizer": OptimizerSettings(rates=Rates(vision=0, language=0))},
+        {"optimizer": OptimizerSettings(optimizer="muon")},
+    ],
+    ids=["full", "lora", "mergers", "muon"],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_planned_checkpoint_has_the_size_of_a_saved_one(here: Path, dtype: str, more: dict[str, Any]) -> None:
+    run = settings(compute=ComputeSettings(dtype=dtype, device="cpu"), **more)
+    planned = dry_run(run).checkpoint_bytes
+    model, alone = load("model", dtype=getattr(torch, dtype)), World(0, 1, torch.device("cpu"))
+    if (lora := lora_config(run)) is not None:
+        add_adapter(model, lora)
+    objective, loop = NextToken(model), loop_config(run)
+    freeze(model, loop.optimizer.rates)
+    optimizer = Optimizer(objective, loop.optimizer, alone)
+    for step in (1, 2, 3):
+        optimizer.step(1.0)  # with gradients of zero, which make moments too
+        save_run(Path("run"), step, objective, optimizer, {}, alone, keep=loop.keep)
+    steps = sorted(Path("run").glob("step-*"))
+    assert len(steps) == planned.kept
+    counters = 4 * sum(key.startswith("step/") for key in optimizer.state())
+    assert tensor_bytes(steps[0] / "weights.safetensors") == planned.weights
+    assert tensor_bytes(steps[0] / "optimizer.safetensors") == planned.optimizer + counters
+    assert (tensor_bytes(Path("run") / FROZEN) if planned.frozen else 0) == planned.frozen
+    files = sum(path.stat().st_size for path in Path("run").rglob("*.safetensors"))
+    assert planned.total < files < planned.total + 150 * 4 * planned.kept * len(optimizer.parameters) + 20_000, (
+        "headers and counters alone come on top"
+    )
+
+
+def tensor_bytes(path: Path) -> int:
+    """A safetensors file without its header."""
+    return path.stat().st_size - 8 - int.from_bytes(path.read_bytes()[:8], "little")
 
 
 def test_what_the_run_would_refuse_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

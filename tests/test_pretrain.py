@@ -83,6 +83,16 @@ def test_twice_the_devices_take_half_the_days_and_hold_half_the_weights() -> Non
     assert one.memory_bytes["weights"] == pytest.approx(2 * two.memory_bytes["weights"], abs=2)
 
 
+def test_a_checkpoint_holds_what_trains_at_each_step_and_the_frozen_rest_once() -> None:
+    s0_made, s1_made = (cost(stage(), "8B", devices=8, peak=1e15, mfu=0.5) for stage in (s0, s1))
+    everything = sum(s1_made.parameters.values())
+    # bf16 weights, fp32 masters and two fp32 moments
+    assert s1_made.checkpoint_bytes.total == 2 * 14 * everything
+    mergers = s0_made.parameters["mergers"]
+    assert s0_made.checkpoint_bytes.frozen == 2 * (everything - mergers)
+    assert s0_made.checkpoint_bytes.total == 2 * 14 * mergers + 2 * (everything - mergers)
+
+
 def test_a_stage_becomes_settings_of_qvl_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "--stage", "s0", "--yaml"]) == 0
     (tmp_path / "s0.yaml").write_text(capsys.readouterr().out)
@@ -105,3 +115,4 @@ def test_the_command_prints_json_for_programs(capsys: pytest.CaptureFixture[str]
     told = json.loads(capsys.readouterr().out)
     assert told["stage"]["pack_tokens"] == 262144
     assert told["steps"] == 23842
+    assert told["cost"]["checkpoint_bytes"]["frozen"] == 0 < told["cost"]["checkpoint_bytes"]["weights"]

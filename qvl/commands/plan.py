@@ -13,7 +13,7 @@ from qvl.recipes.pretrain import STAGES, cost, train_settings
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Counts, not measurements: tokens, steps, FLOPs, days and memory of V0 and S0 to S3 (report Table 1) at a published size."""
+    """Counts, not measurements: tokens, steps, FLOPs, days, memory and disk of V0 and S0 to S3 (report Table 1) at a published size."""
 
     size: Literal["2B", "4B", "8B", "32B", "30B-A3B", "235B-A22B"] = "8B"
     stage: Literal["all", "v0", "s0", "s1", "s2", "s3"] = "all"
@@ -60,6 +60,7 @@ def run(args: Plan) -> None:
             "time": f"{made.days:,.1f} days on {args.devices} devices at {args.mfu:.0%} of {args.peak_tflops:g} TFLOP/s",
             "memory": f"{memory / 2**30:.1f} GiB on each device, one pack at a time: "
             + ", ".join(f"{what} {size / 2**30:.1f}" for what, size in made.memory_bytes.items()),
+            "disk": str(made.checkpoint_bytes),
             "ours": "; ".join(stage.ours) + "; batch size, shares and rates are in no report",
         }
         for what, said in rows.items():

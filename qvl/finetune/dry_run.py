@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from rich.table import Table
+from torch import nn
 
 from qvl.core.device import pick_device, pick_dtype, place
 from qvl.data.index import fingerprint
@@ -20,19 +21,27 @@ from qvl.finetune.pre_stage import (
     pre_stage_loop,
     text_tower_config,
 )
-from qvl.finetune.tune import expectations, lora_config
+from qvl.finetune.tune import expectations, loop_config, lora_config
 from qvl.finetune.tune_data import split
 from qvl.model.config import ModelConfig, read_config
 from qvl.model.flops import forward_flops, vision_flops
 from qvl.model.lora import num_adapter_parameters
+from qvl.model.pool import AttentionPool
 from qvl.model.qwen3vl import empty_model
-from qvl.model.siglip_text import TextTowerConfig, load_text_tower
+from qvl.model.siglip_text import TextTower, TextTowerConfig, load_text_tower
 from qvl.outside.hub import resolve
-from qvl.parallel.memory import decoder_stack, head_bytes, training_memory, vision_stack
+from qvl.parallel.memory import (
+    CheckpointBytes,
+    checkpoint_bytes,
+    decoder_stack,
+    head_bytes,
+    training_memory,
+    vision_stack,
+)
 from qvl.prompt.processor import Processor
 from qvl.train.contrastive import pre_stage_flops
 from qvl.train.metrics import peak_flops
-from qvl.train.parameters import Part, part_of
+from qvl.train.parameters import Part, freeze, groups, part_of
 
 MFU = 0.4
 """Part of the peak that a good run reaches; what yours reaches stands in its log."""
@@ -59,6 +68,8 @@ class DryRun:
     replay: str
     memory_bytes: dict[str, int]
     """On each device, by what it holds."""
+    checkpoint_bytes: CheckpointBytes
+    """On disk."""
     flops: float
     """Of all steps, forward and backward, as if every part learned."""
     days: float | None
@@ -135,6 +146,14 @@ def dry_run(run: Tune) -> DryRun:
         step_tokens=run.packs.step_tokens,
         replay="none" if run.stage == "v0" else run.replay.replay,
         memory_bytes=memory,
+        checkpoint_bytes=checkpoint_bytes(
+            sum(trained.values()),
+            sum(parameters.values()) - sum(trained.values()),
+            kept=loop_config(run).keep,
+            trained_each=each if lora_config(run) is None else 4,  # an adapter is fp32 whatever it adapts
+            frozen_each=each,
+            one_moment=count_muon(run),
+        ),
         flops=flops,
         days=None if peak is None else flops / (num_devices * peak * MFU) / 86400,
         expect=(f"{SCORE} at least what it is before",) if run.stage == "v0" else tuple(map(str, expectations(run))),
@@ -157,6 +176,23 @@ def count_parameters(run: Tune) -> tuple[dict[str, int], dict[str, int]]:
         return {**counts}, {part: count for part, count in counts.items() if rates.of(part) > 0}
     adapter = {"adapter": num_adapter_parameters(model, lora)}
     return {**counts, **adapter}, adapter if rates.language > 0 else {}
+
+
+def count_muon(run: Tune) -> int:
+    """The parameters that Muon moves, which have one moment."""
+    config, rates = read_config(resolve(run.model)), run.optimizer.rates
+    if run.optimizer.optimizer != "muon" or lora_config(run) is not None:  # an adapter's factors are AdamW's
+        return 0
+    modules: dict[str, nn.Module] = {"model": empty_model(config, dtype=torch.bfloat16, device="meta")}
+    if run.stage == "v0":
+        vision, rates = check_vision(run, config), pre_stage_loop(run).optimizer.rates
+        with torch.device("meta"):
+            modules["text"] = TextTower(text_of(run, config, Processor.from_folder(resolve(run.model))))
+            modules["pool"] = AttentionPool(vision.hidden_size, vision.intermediate_size, vision.num_heads)
+    objective = nn.ModuleDict(modules)
+    freeze(objective, rates)
+    sizes = {name: parameter.numel() for name, parameter in objective.named_parameters()}
+    return sum(sizes[name] for group in groups(objective) if group.is_matrix for name in group.names)
 
 
 def text_of(run: Tune, config: ModelConfig, processor: Processor) -> TextTowerConfig:
@@ -182,6 +218,7 @@ def table_of(found: DryRun) -> Table:
         "steps": f"{found.steps:,} of up to {found.step_tokens:,} tokens",
         "memory": f"{memory / 2**30:.2f} GiB on each device, one pack at a time: "
         + ", ".join(f"{what} {size / 2**30:.2f}" for what, size in found.memory_bytes.items()),
+        "disk": str(found.checkpoint_bytes),
         "FLOPs": f"{found.flops:.2e}",
         "time": "not known without the device's peak"
         if found.days is None

@@ -47,11 +47,9 @@ def with_replay(mixture: Mixture, choice: ReplayChoice, model: Qwen3VL, processo
     What is made or imported lies in `choice.folder`, under a name that follows from what it was made of: a run that goes on finds it, and
     one with other wishes does not.
     """
-    what = choice.what
-    if what == "auto":
-        what = "mixture" if mixture.replay or mixture.stages else "self"
-        if mixture.stages:
-            log.warning("the mixture has stages, so nothing is replayed but what their weights say")
+    what = _resolved(mixture, choice)
+    if choice.what == "auto" and mixture.stages:
+        log.warning("the mixture has stages, so nothing is replayed but what their weights say")
     if what == "none":
         return replace(mixture, replay=())
     ready = [
@@ -65,10 +63,25 @@ def with_replay(mixture: Mixture, choice: ReplayChoice, model: Qwen3VL, processo
     return replace(mixture, replay=tuple(ready))
 
 
+def needs_model(mixture: Mixture, choice: ReplayChoice) -> bool:
+    """Whether `with_replay` will have the model write texts, for which it needs its weights."""
+    return _resolved(mixture, choice) == "self" and not (_own_folder(choice) / "replay.json").exists()
+
+
+def _resolved(mixture: Mixture, choice: ReplayChoice) -> str:
+    if choice.what != "auto":
+        return choice.what
+    return "mixture" if mixture.replay or mixture.stages else "self"
+
+
+def _own_folder(choice: ReplayChoice) -> Path:
+    made_of = key_of(choice.model, choice.seed, choice.share, choice.samples, choice.pack_tokens)
+    return choice.folder / f"self-{made_of:016x}"
+
+
 def _own(choice: ReplayChoice, model: Qwen3VL, processor: Processor, world: World) -> Replay:
     """What the model writes itself. Each rank writes a part."""
-    made_of = key_of(choice.model, choice.seed, choice.share, choice.samples, choice.pack_tokens)
-    folder = choice.folder / f"self-{made_of:016x}"
+    folder = _own_folder(choice)
     done = folder / "replay.json"
     if not done.exists():
         wanted = choice.share * choice.run_tokens / PASSES

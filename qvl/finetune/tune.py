@@ -14,19 +14,20 @@ from qvl.data.packing import PackBudget
 from qvl.data.source import open_source
 from qvl.data.store import Store
 from qvl.finetune.config import Tune
-from qvl.finetune.replay import ReplayChoice, with_replay
+from qvl.finetune.replay import ReplayChoice, needs_model, with_replay
 from qvl.finetune.text_guard import TEXT_RATIO, Judgement, TextGuard, TextLostError, held_out_text
 from qvl.finetune.tune_data import open_data
 from qvl.model.lora import LoraConfig, add_adapter, merge, save_adapter
 from qvl.model.qwen3vl import Qwen3VL
-from qvl.model.weights import load, save
+from qvl.model.weights import load, load_empty, save
 from qvl.outside.hub import resolve
-from qvl.parallel.data_parallel import World, join_world
+from qvl.parallel.data_parallel import World, fill_shards, join_world, shard
 from qvl.prompt.processor import Processor
 from qvl.train.checkpoint import PREFIX, read_run, restore_weights
 from qvl.train.loop import LoopConfig, Watcher
 from qvl.train.objective import NextToken
 from qvl.train.optimizer import OptimizerConfig
+from qvl.train.parameters import freeze
 from qvl.train.run import Expect, Run, judged
 from qvl.train.schedule import Schedule
 from qvl.train.watch import export_every
@@ -67,9 +68,11 @@ def tune(
     mark, store = fingerprint(processor), Store()
     for source in replace(own, replay=()).resolved():  # before minutes of loading and rehearsal are spent
         open_source(source, mark, store)
-    model = load(folder, dtype=pick_dtype(world.device, run.compute.dtype), device=world.device)
+    dtype, choice = pick_dtype(world.device, run.compute.dtype), replay_choice(run, folder)
+    is_deferred = reads_shards(run, world, needs_model(own, choice))
+    model = load_empty(folder, dtype=dtype) if is_deferred else load(folder, dtype=dtype, device=world.device)
     # Before the adapter: what is rehearsed is the model as it came.
-    mixture = with_replay(own, replay_choice(run, folder), model, processor, world)
+    mixture = with_replay(own, choice, model, processor, world)
     lora = lora_config(run)
     if lora is not None:
         add_adapter(model, lora)
@@ -92,6 +95,10 @@ def tune(
         see_always=world.size > 1 and model.config.vision is not None,
         loss_kernel=run.loss.loss_kernel,
     )
+    if is_deferred:
+        freeze(model, run.optimizer.rates)
+        shard([model], objective, world)
+        fill_shards(model, objective, folder, world)
     with loader:
         guard = TextGuard(
             objective,
@@ -134,6 +141,13 @@ def tune(
     guard.write(exported_step=reached, expect=judged(expectations(run), guard.found()))
     rows = tuple(guard.rows.values())
     return Tuned(step=reached, export=run.out / "export", lost=None, judgements=rows)
+
+
+def reads_shards(run: Tune, world: World, is_model_needed: bool) -> bool:
+    """Whether each rank reads only its own rows of the model's folder. It reads all where it trains all, where the model first writes its
+    own replay, which generation does with whole weights, and for liger, which asks where the weights are before they are there."""
+    is_whole = world.sum(float(is_model_needed)) > 0 or run.loss.loss_kernel == "liger"
+    return world.size > 1 and not world.replicates and not is_whole
 
 
 def exports_on_the_way(run: Tune, model: Qwen3VL, folder: Path, world: World) -> list[Watcher]:

@@ -77,8 +77,10 @@ class LoraLinear(nn.Linear):
         self.weight, self.bias = base.weight, base.bias
         # At least fp32, as PEFT keeps them: an update of 1e-4 would vanish in a bf16 number.
         dtype = torch.promote_types(base.weight.dtype, torch.float32)
-        self.lora_down = nn.Parameter(down.to(base.weight.device, dtype))
-        self.lora_up = nn.Parameter(up.to(base.weight.device, dtype))
+        # A base without storage is filled later; the adapter's values exist now.
+        device = down.device if base.weight.is_meta else base.weight.device
+        self.lora_down = nn.Parameter(down.to(device, dtype))
+        self.lora_up = nn.Parameter(up.to(device, dtype))
         self.rank, self.alpha, self.dropout, self.use_rslora = down.shape[0], alpha, dropout, use_rslora
         self.merged: _Merged | None = None
         self.train(base.training)
@@ -390,7 +392,8 @@ def _attached(model: Qwen3VL) -> dict[str, LoraLinear]:
 def _refuse_second(model: Qwen3VL) -> None:
     if any(isinstance(module, LoraLinear) for module in model.modules()):
         raise ValueError("the model has an adapter already; call unload, or merge with keep_base=False, first.")
-    if any(p.is_meta for p in model.parameters()):
+    is_meta = [p.is_meta for p in model.parameters()]
+    if any(is_meta) and not all(is_meta):  # where all are, none was read yet (weights.load_empty)
         raise ValueError("the model's plain weights were freed for serving; load its folder again.")
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -58,14 +58,54 @@ def load(
     config = read_config(folder)
     source = Source(folder)
     model = empty_model(config, dtype=dtype, device=device)
-    wanted = {to_checkpoint_name(name, config): parameter for name, parameter in model.named_parameters()}
+    _check_names(_wanted(model), source, config)
+    fill(model, source, expert_layout=expert_layout)
+    model.requires_grad_(True)
+    return model.eval()
+
+
+def load_empty(folder: Path | str, *, dtype: torch.dtype = torch.float32) -> Qwen3VL:
+    """The model of a checkpoint folder on the meta device, after every check that `load` makes; `fill` reads its weights later."""
+    folder = Path(folder)
+    config = read_config(folder)
+    source = Source(folder)
+    model = empty_model(config, dtype=dtype, device="meta")
+    wanted = _wanted(model)
     _check_names(wanted, source, config)
     with torch.no_grad():
         for name, parameter in wanted.items():
-            for piece, tensor in _pieces(name, parameter, source):
-                _copy(name, piece, tensor, source.where(name), expert_layout)
+            for stored, piece in _pieces(name, parameter, source):
+                dtype, shape = source.kind(stored)
+                tensor = torch.empty(shape, dtype=dtype, device="meta")
+                _copy(name, piece, tensor, source.where(name), None)
     model.requires_grad_(True)
     return model.eval()
+
+
+Own = Callable[[Tensor], tuple[Tensor, slice | None]]
+"""What a process holds of a parameter: (that part, its rows of the first axis); None where it holds all rows."""
+
+
+@torch.no_grad()
+def fill(
+    model: Qwen3VL,
+    source: "Source",
+    *,
+    expert_layout: Layout | None = None,
+    own: Own = lambda parameter: (parameter, None),
+) -> None:
+    """Read a folder's weights, whose names were checked, into a model; of a sharded one each process only its own rows. An adapter stays
+    as it is."""
+    for name, parameter in _wanted(model).items():
+        held, rows = own(parameter)
+        for stored, piece in _pieces(name, held, source, first=rows.start if rows else 0):
+            _copy(name, piece, source.get(stored, rows if stored == name else None), source.where(name), expert_layout)
+
+
+def _wanted(model: Qwen3VL) -> dict[str, Tensor]:
+    """The model's own parameters by their names in a file."""
+    parameters = model.named_parameters()
+    return {to_checkpoint_name(n, model.config): p for n, p in parameters if not n.endswith((".lora_down", ".lora_up"))}
 
 
 def stored_dtype(folder: Path | str) -> torch.dtype:
@@ -83,11 +123,11 @@ def stored_dtype(folder: Path | str) -> torch.dtype:
 
 
 class Source:
-    """All safetensors files of a folder, opened by mapping; names are checked before any tensor is read."""
+    """All safetensors files of a folder, or the given ones, opened by mapping; names are checked before any tensor is read."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, files: Sequence[Path] | None = None) -> None:
         self.folder = folder
-        self.files = {path: _open(path) for path in _shards(folder)}
+        self.files = {path: _open(path) for path in (_shards(folder) if files is None else files)}
         self._mapped = 0
         self.home: dict[str, Path] = {}
         for path, file in self.files.items():
@@ -98,16 +138,26 @@ class Source:
                     )
                 self.home[name] = path
 
-    def get(self, name: str) -> Tensor:
+    def get(self, name: str, rows: slice | None = None) -> Tensor:
+        """The tensor, or only the given rows of its first axis: no other bytes are read."""
         path = self.home[name]
         try:
-            tensor = self.files[path].get_tensor(name)
+            file = self.files[path]
+            tensor = file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
         except (SafetensorError, RuntimeError, OSError) as error:
             raise ValueError(f"{path} could not give tensor {name}: {error}.") from None
         self._mapped += tensor.nbytes
         if self._mapped > MAPPED_BYTES:
             self.files[path], self._mapped = _open(path), 0
         return tensor
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.files[self.home[name]].get_slice(name).get_shape())
+
+    def kind(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """(dtype, shape), without reading it."""
+        shape = self.shape(name)
+        return self.get(name, slice(0, 0) if shape else None).dtype, shape
 
     def where(self, name: str) -> str:
         return str(self.home.get(name, self.folder))
@@ -219,28 +269,26 @@ def _check_names(wanted: Mapping[str, Tensor], source: Source, config: ModelConf
         )
 
 
-def _separate_experts(name: str, parameter: Tensor) -> list[tuple[str, Tensor]]:
-    """Text-only Qwen3-MoE files hold one tensor an expert: their names, and where each goes inside our fused parameter."""
+def _separate_experts(name: str, parameter: Tensor, first: int = 0) -> list[tuple[str, Tensor]]:
+    """Text-only Qwen3-MoE files hold one tensor an expert: their names, and where each goes inside our fused parameter, which begins with
+    expert `first`."""
     match = re.fullmatch(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)", name)
     if match is None:
         return []
     stem, which = match.groups()
     if which == "down_proj":
-        return [(f"{stem}.{e}.down_proj.weight", parameter[e]) for e in range(parameter.shape[0])]
+        return [(f"{stem}.{first + e}.down_proj.weight", parameter[e]) for e in range(parameter.shape[0])]
     half = parameter.shape[1] // 2
     return [
-        (f"{stem}.{e}.{part}.weight", parameter[e, rows])
+        (f"{stem}.{first + e}.{part}.weight", parameter[e, rows])
         for e in range(parameter.shape[0])
         for part, rows in (("gate_proj", slice(0, half)), ("up_proj", slice(half, None)))
     ]
 
 
-def _pieces(name: str, parameter: Tensor, source: Source) -> Iterator[tuple[Tensor, Tensor]]:
-    """(part of the parameter, tensor of the file that fills it)."""
-    if name in source.home:
-        yield parameter, source.get(name)
-    else:
-        yield from ((piece, source.get(n)) for n, piece in _separate_experts(name, parameter))
+def _pieces(name: str, parameter: Tensor, source: Source, first: int = 0) -> list[tuple[str, Tensor]]:
+    """(name of the file's tensor, part of the parameter that it fills)."""
+    return [(name, parameter)] if name in source.home else _separate_experts(name, parameter, first)
 
 
 def _copy(name: str, parameter: Tensor, tensor: Tensor, where: str, expert_layout: Layout | None) -> None:

@@ -5,16 +5,18 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from qvl.core.device import place
 from qvl.model.qwen3vl import Qwen3VL
+from qvl.model.weights import Source, fill
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def leave_world(code: int = 0) -> None:
 
 def shard(models: Sequence[Qwen3VL], root: nn.Module, world: World) -> None:
     """Shard every block of the models, then `root`, the module whose forward is called. A lone rank stays as it is; replicas get rank 0's
-    weights.
+    weights. What is sharded already stays so, and what an evaluation gathered is given up again.
 
     Gradients are summed in fp32, not averaged: the loss already has the global denominator.
     """
@@ -98,6 +100,9 @@ def shard(models: Sequence[Qwen3VL], root: nn.Module, world: World) -> None:
     if world.replicates:
         for tensor in (*root.parameters(), *root.buffers()):
             dist.broadcast(tensor.detach(), src=0)
+        return
+    if isinstance(root, FSDPModule):
+        root.reshard()
         return
     mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
@@ -111,6 +116,18 @@ def shard(models: Sequence[Qwen3VL], root: nn.Module, world: World) -> None:
     for unit in units:
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+
+
+@torch.no_grad()
+def fill_shards(model: Qwen3VL, root: nn.Module, folder: Path, world: World) -> None:
+    """Give a model that was sharded on the meta device its storage, and read the rows that this rank holds from the folder it was opened
+    from. What else `root` holds (an adapter) keeps its values."""
+    others = {name: part.clone() for name, p in root.named_parameters() if not (part := own_part(p)).is_meta}
+    root.to_empty(device=world.device)
+    for name, parameter in root.named_parameters():
+        if name in others:
+            own_part(parameter).copy_(others[name])
+    fill(model, Source(folder), own=lambda parameter: (own_part(parameter), own_rows(parameter)))
 
 
 def sum_over_replicas(masters: Iterable[Tensor], world: World) -> None:
@@ -139,6 +156,32 @@ def from_owners(tensors: Sequence[Tensor], owners: Sequence[int], world: World) 
 def whole(x: Tensor) -> Tensor:
     """The unsharded tensor (every rank must call this together)."""
     return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def own_rows(x: Tensor) -> slice | None:
+    """The rows of a sharded tensor that this rank holds, by FSDP2's rule; None where it holds all of them.
+
+    N ranks get ceil(rows / N) each, the last ones what is left, which may be fewer or none.
+    """
+    if not isinstance(x, DTensor):
+        return None
+    assert x.placements == (Shard(0),), f"expected a tensor sharded by rows, got {x.placements}"
+    each = -(-x.shape[0] // x.device_mesh.size())
+    first = min(x.device_mesh.get_local_rank() * each, x.shape[0])
+    return slice(first, min(first + each, x.shape[0]))
+
+
+def own_part(x: Tensor) -> Tensor:
+    """What this rank holds of a tensor, with the same memory and without gradient."""
+    return x.to_local().detach() if isinstance(x, DTensor) else x.detach()
+
+
+def from_part(part: Tensor, like: Tensor) -> Tensor:
+    """A tensor sharded as `like` is, of which this rank holds `part`; `part` itself where nothing is sharded. On the device of `like`."""
+    part = part.to(like.device)
+    if not isinstance(like, DTensor):
+        return part
+    return DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
 
 
 def total_norm(gradients: list[Tensor]) -> Tensor:

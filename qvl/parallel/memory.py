@@ -1,4 +1,4 @@
-"""The memory planner: what a training step holds on each device, counted by part before anything is loaded."""
+"""The memory planner: what a training step holds on each device and a run on disk, counted by part before anything is loaded."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -77,3 +77,41 @@ def training_memory(
             # A layer of one stack is recomputed after those of the other.
             held[what] = max(held.get(what, 0), size) if what.startswith("one") else held.get(what, 0) + size
     return held | dict(last)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointBytes:
+    """What a run's checkpoints take on disk, without headers and counters."""
+
+    weights: int
+    """Of what trains, at each kept step."""
+    optimizer: int
+    """Moments, and fp32 masters where the weights are not fp32 themselves, at each kept step."""
+    frozen: int
+    """The rest, once beside the steps."""
+    kept: int
+    """Steps; while one more is written it stands beside them."""
+
+    @property
+    def total(self) -> int:
+        return self.kept * (self.weights + self.optimizer) + self.frozen
+
+    def __str__(self) -> str:
+        each = self.weights + self.optimizer
+        return (
+            f"{self.total / 2**30:.2f} GiB of checkpoints: {self.kept} of {each / 2**30:.2f} (what trains: weights "
+            f"{self.weights / 2**30:.2f}, optimizer {self.optimizer / 2**30:.2f}), and the frozen rest once, {self.frozen / 2**30:.2f}"
+        )
+
+
+def checkpoint_bytes(
+    trained: int, frozen: int, *, kept: int, trained_each: int = 2, frozen_each: int = 2, one_moment: int = 0
+) -> CheckpointBytes:
+    """Of `trained` weights of `trained_each` bytes and `frozen` ones. AdamW has two moments; Muon has one, of the `one_moment` it moves."""
+    moments = 4 * (2 * trained - one_moment)
+    return CheckpointBytes(
+        weights=trained_each * trained,
+        optimizer=moments if trained_each == 4 else moments + 4 * trained,
+        frozen=frozen_each * frozen,
+        kept=kept,
+    )

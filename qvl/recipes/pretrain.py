@@ -10,8 +10,16 @@ from qvl.finetune.pre_stage import num_helper_parameters, text_tower_config
 from qvl.model.config import ModelConfig, VisionConfig, preset
 from qvl.model.flops import forward_flops, vision_flops
 from qvl.model.qwen3vl import Qwen3VL, empty_model
-from qvl.parallel.memory import decoder_stack, head_bytes, training_memory, vision_stack
+from qvl.parallel.memory import (
+    CheckpointBytes,
+    checkpoint_bytes,
+    decoder_stack,
+    head_bytes,
+    training_memory,
+    vision_stack,
+)
 from qvl.train.contrastive import V0_RATES, pre_stage_flops
+from qvl.train.loop import LoopConfig
 from qvl.train.parameters import Part, Rates, part_of
 
 
@@ -226,6 +234,8 @@ class Cost:
     """On `devices` at `mfu` of `peak`."""
     memory_bytes: dict[str, int]
     """On each device under FSDP, by what it holds."""
+    checkpoint_bytes: CheckpointBytes
+    """On disk, under AdamW."""
 
 
 def cost(stage: Stage, size: str, *, devices: int, peak: float, mfu: float) -> Cost:
@@ -247,6 +257,7 @@ def cost(stage: Stage, size: str, *, devices: int, peak: float, mfu: float) -> C
         flops=flops,
         days=flops / (devices * peak * mfu) / 86400,
         memory_bytes=memory(stage, config, sum(parameters.values()), trained, devices),
+        checkpoint_bytes=checkpoint_bytes(trained, sum(parameters.values()) - trained, kept=LoopConfig.keep),
     )
 
 

@@ -3,38 +3,63 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from qvl.core.files import remove_leftovers, writing
 from qvl.core.log import say_once
-from qvl.model.weights import save_tensors
-from qvl.parallel.data_parallel import World, whole
+from qvl.model.weights import Source, save_tensors
+from qvl.parallel.data_parallel import World, from_part, own_part, own_rows, whole
 from qvl.train.optimizer import Optimizer
 
 PREFIX = "step-"
 FROZEN = "frozen.safetensors"
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+class Stored(Mapping[str, Tensor]):
+    """The tensors of a checkpoint's files by name. Each is read when it is asked for: whole, or the rows that this rank holds."""
+
+    def __init__(self, folder: Path, files: Sequence[Path]) -> None:
+        self.source = Source(folder, files)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.source.home:
+            raise KeyError(name)
+        return self.source.get(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.source.home)
+
+    def __len__(self) -> int:
+        return len(self.source.home)
+
+    def part(self, name: str, target: Tensor) -> Tensor:
+        """What this rank holds of a tensor that is sharded as `target` is."""
+        return self.source.get(name, own_rows(target))
+
+    def kind(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """(dtype, shape), without reading it."""
+        return self.source.kind(name)
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint read back, on the CPU."""
+    """A whole checkpoint. Its tensors are read from the files when they are asked for."""
 
     step: int
-    weights: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
+    weights: Stored
+    """Without the frozen ones where the reader said that it holds them."""
+    optimizer: Stored
     state: dict[str, Any]
     """JSON: stream, counters, spike statistics."""
     frozen: str | None = None
-    """The digest of the frozen weights' file, which was compared; None where the checkpoint holds all weights itself."""
+    """The digest of the frozen weights' file; None where the checkpoint holds all weights itself."""
 
 
 def save_run(
@@ -109,73 +134,123 @@ def _on_rank_0(tensors: Iterable[tuple[str, Tensor]], world: World) -> dict[str,
     return kept
 
 
-def newest(folder: Path) -> Saved | None:
-    """The newest checkpoint whose files match its manifest; None when there is none. Broken ones are passed over and named."""
+def newest(folder: Path, world: World = ALONE, *, frozen: str | None = None) -> Saved | None:
+    """The newest checkpoint whose files match its manifest; None when there is none. Broken ones are passed over and named.
+
+    Every rank must call this: rank 0 hashes the files, once each, and the others take its word. `frozen` is the digest of the frozen
+    weights where this run holds them already: their file is then neither hashed nor read.
+    """
+    found = _newest_whole(folder, frozen) if world.rank == 0 else None
+    name = world.from_first(None if found is None else found.name)
+    _check_alike(folder, name, world)
+    return None if name is None else _opened(folder / name, frozen)
+
+
+def _newest_whole(folder: Path, frozen: str | None) -> Path | None:
     for path in sorted(folder.glob(f"{PREFIX}*"), reverse=True):
         try:
-            return read_run(path)
+            _check(path, frozen)
         except ValueError as error:
             say_once(f"passed over a broken checkpoint: {error}")
+        else:
+            return path
     return None
+
+
+def _check_alike(folder: Path, name: str | None, world: World) -> None:
+    """Ranks on hosts that do not share `folder` would go on from different steps, and wait for each other for ever."""
+    steps = sorted(folder.glob(f"{PREFIX}*"))
+    manifest = folder / (name or "") / "manifest.json"
+    mine = str(bool(steps)) if name is None else manifest.read_text(encoding="utf-8") if manifest.is_file() else ""
+    if world.sum(float(world.from_first(mine) != mine)) > 0:
+        here = name if name and mine else steps[-1].name if steps else "0"
+        raise ValueError(
+            f"rank {world.rank} finds step {int(here.removeprefix(PREFIX))} in {folder}, other ranks another; give a folder that all "
+            "hosts share."
+        )
 
 
 def read_run(path: Path) -> Saved:
     """Raises ValueError in one sentence when a file is missing or altered."""
+    _check(path, None)
+    return _opened(path, None)
+
+
+def _check(path: Path, frozen: str | None) -> None:
+    """That the files are those of the manifest, and can be read."""
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         for name, digest in manifest["sha256"].items():
             if _digest(path / name) != digest:
                 raise ValueError(f"{path / name} differs from its manifest; the checkpoint is not whole.")
-        frozen, digest = dict[str, Tensor](), manifest.get("frozen")
-        if digest is not None:
-            if _digest(path.parent / FROZEN) != digest:
-                raise ValueError(f"{path.parent / FROZEN} differs from the manifest of {path.name}; it is not whole.")
-            frozen = load_file(path.parent / FROZEN)
-        return Saved(
-            step=manifest["step"],
-            weights=frozen | load_file(path / "weights.safetensors"),
-            optimizer=load_file(path / "optimizer.safetensors"),
-            state=json.loads((path / "state.json").read_text(encoding="utf-8")),
-            frozen=digest,
-        )
-    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError, SafetensorError) as error:
+        digest = manifest.get("frozen")
+        if frozen is not None and digest != frozen:
+            raise ValueError(f"{path} was saved beside other frozen weights than this run's.")
+        if digest is not None and frozen is None and _digest(path.parent / FROZEN) != digest:
+            raise ValueError(f"{path.parent / FROZEN} differs from the manifest of {path.name}; it is not whole.")
+        _opened(path, frozen)
+    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a whole checkpoint ({error}).") from None
 
 
+def _opened(path: Path, frozen: str | None) -> Saved:
+    """A checkpoint that was checked."""
+    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    digest = manifest.get("frozen")
+    rest = [path.parent / FROZEN] if digest is not None and frozen is None else []
+    return Saved(
+        step=manifest["step"],
+        weights=Stored(path, [*rest, path / "weights.safetensors"]),
+        optimizer=Stored(path, [path / "optimizer.safetensors"]),
+        state=json.loads((path / "state.json").read_text(encoding="utf-8")),
+        frozen=digest,
+    )
+
+
 @torch.no_grad()
-def restore_weights(model: nn.Module, weights: dict[str, Tensor], *, helpers: Sequence[str] = ()) -> None:
-    """Into a model with the same parameters, sharded or not; its `helpers` stay as they are."""
-    own = _own(model, helpers)
+def restore_weights(
+    model: nn.Module, weights: Stored, *, helpers: Sequence[str] = (), only_trained: bool = False
+) -> None:
+    """Into a model with the same parameters, sharded or not, of which each rank reads its own part. Its `helpers` stay as they are, and
+    what is frozen where the weights are `only_trained`."""
+    own = {name: p for name, p in _own(model, helpers).items() if p.requires_grad or not only_trained}
     if set(own) != set(weights):
         odd = sorted(set(own) ^ set(weights))
         raise ValueError(
             f"the checkpoint and the model differ in {len(odd)} parameters, the first {odd[0]}; resume the same recipe."
         )
     for name, parameter in own.items():
-        saved, asked = weights[name], (parameter.dtype, parameter.shape)
-        if (saved.dtype, saved.shape) != asked:
+        (dtype, shape), asked = weights.kind(name), (parameter.dtype, tuple(parameter.shape))
+        if (dtype, shape) != asked:
             raise ValueError(
-                f"the checkpoint holds {name} as {saved.dtype} {tuple(saved.shape)}, the model as {asked[0]} {tuple(asked[1])}; "
+                f"the checkpoint holds {name} as {dtype} {shape}, the model as {asked[0]} {asked[1]}; "
                 "resume with the same settings (dtype, LoRA rank), or start in another folder."
             )
-        parameter.copy_(_like(saved, parameter))
+        own_part(parameter).copy_(weights.part(name, parameter))
 
 
-def _like(tensor: Tensor, target: Tensor) -> Tensor:
-    """Sharded as `target` is."""
-    if isinstance(target, DTensor):
-        return distribute_tensor(tensor.to(target.device), target.device_mesh, target.placements)
-    return tensor.to(target.device)
+def restore_optimizer(optimizer: Optimizer, saved: Stored) -> None:
+    """Moments sharded as their masters are, of which each rank reads its own part; counters as they are."""
+    optimizer.restore(_Sharded(saved, optimizer.masters))
 
 
-def restore_optimizer(optimizer: Optimizer, saved: dict[str, Tensor]) -> None:
-    """Moments sharded as their masters are; counters as they are."""
-    placed = {}
-    for key, tensor in saved.items():
-        master = optimizer.masters.get(key.split("/", 1)[1])
-        is_scalar = tensor.ndim == 0 or master is None
-        placed[key] = tensor if is_scalar else _like(tensor, master)  # type: ignore[arg-type]
-    optimizer.restore(placed)
+class _Sharded(Mapping[str, Tensor]):
+    """An optimizer's stored state by `kind/parameter`, each tensor sharded as that parameter's master."""
+
+    def __init__(self, stored: Stored, masters: Mapping[str, Tensor]) -> None:
+        self.stored, self.masters = stored, masters
+
+    def __getitem__(self, key: str) -> Tensor:
+        master = self.masters[key.split("/", 1)[1]]
+        if not self.stored.source.shape(key):  # a counter
+            return self.stored[key]
+        return from_part(self.stored.part(key, master), master)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
 
 
 def _digest(path: Path) -> str:

@@ -274,8 +274,7 @@ class _Run:
 
     def resume(self) -> None:
         """Goes on from the newest checkpoint, where there is one."""
-        saved = newest(self.out)
-        _check_alike(0 if saved is None else saved.step, self.out, self.world)
+        saved = newest(self.out, self.world)
         if saved is None:
             return
         _check_settings(saved.state["settings"], self.settings, self.out)
@@ -285,25 +284,28 @@ class _Run:
         log.info("resumed from step %d in %s", saved.step, self.out)
 
     def go_back(self, reason: str) -> None:
-        """Weights and optimizer of the newest checkpoint, but the data goes on: the packs that broke the run are not met again."""
+        """Weights and optimizer of the newest checkpoint, but the data goes on: the packs that broke the run are not met again.
+
+        What is frozen never changed, so only what trains is read again.
+        """
         if self._went_back == 3:
             raise ValueError(
                 f"the run went back to the checkpoint of step {self._went_to} three times and steps are still refused ({reason}); look at "
                 "the samples in skipped*.jsonl, lower the rate, or raise spike_sigmas."
             )
         log.warning("three steps in a row were refused; going back to the newest checkpoint")
-        saved = newest(self.out)
+        saved = newest(self.out, self.world, frozen=self._frozen)
         if saved is None:
             raise ValueError(
                 f"three steps in a row were refused up to step {self.step} and there is no checkpoint to go back to; lower the rate."
             )
-        self._restore(saved)
+        self._restore(saved, only_trained=self._frozen is not None)
         self.guard.in_a_row = 0
         self._went_back, self._went_to = self._went_back + 1, saved.step
 
-    def _restore(self, saved: Saved) -> None:
+    def _restore(self, saved: Saved, *, only_trained: bool = False) -> None:
         assert isinstance(self.objective, nn.Module)
-        restore_weights(self.objective, saved.weights, helpers=self.objective.helpers)
+        restore_weights(self.objective, saved.weights, helpers=self.objective.helpers, only_trained=only_trained)
         restore_optimizer(self.optimizer, saved.optimizer)
         self.guard.restore(saved.state["guard"])
         self.step = saved.step
@@ -335,14 +337,6 @@ def _check_settings(before: dict[str, Any], now: dict[str, Any], out: Path) -> N
         )
     if longer:
         log.warning("%s, so the learning rate follows another schedule from here", longer)
-
-
-def _check_alike(step: int, out: Path, world: World) -> None:
-    """Ranks on hosts that do not share `out` would go on from different steps, and wait for each other for ever."""
-    if world.sum(step) != step * world.size:
-        raise ValueError(
-            f"rank {world.rank} finds step {step} in {out}, other ranks another; give a folder that all hosts share."
-        )
 
 
 def _log(out: Path, first: int) -> JsonlWriter:

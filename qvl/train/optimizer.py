@@ -150,36 +150,39 @@ class Optimizer:
         return out
 
     @torch.no_grad()
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """From `state` of a run with the same trainable parameters."""
-        by_name: dict[str, dict[str, Tensor]] = {}
-        for key, value in state.items():
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """From `state` of a run with the same trainable parameters. Its tensors are asked for one at a time, and copied."""
+        by_name: dict[str, set[str]] = {}
+        for key in state:
             kind, name = key.split("/", 1)
-            by_name.setdefault(name, {})[kind] = value
+            by_name.setdefault(name, set()).add(kind)
         if unknown := sorted(set(by_name) - set(self.masters)):
             raise ValueError(
                 f"the checkpoint holds optimizer state of {unknown[0]}, which is not trained here; resume the same recipe."
             )
         for optimizer, name, master in self._slots():
-            found = dict(by_name.get(name, {}))
+            found = by_name.get(name, set())
             if (master is not self.parameters[name]) != ("master" in found):
                 raise ValueError(
                     f"the checkpoint and this run differ in the fp32 master of {name}: one of them freezes it, or holds another dtype; "
                     "resume the same recipe."
                 )
             if "master" in found:
-                master.copy_(found.pop("master"))
+                master.copy_(state[f"master/{name}"])
+            found = found - {"master"}
             kinds = (
                 {"momentum_buffer"} if isinstance(optimizer, torch.optim.Muon) else {"step", "exp_avg", "exp_avg_sq"}
             )
-            if found and set(found) != kinds:
+            if found and found != kinds:
                 raise ValueError(
                     f"the checkpoint holds {', '.join(sorted(found))} for {name}, this run's optimizer wants {', '.join(sorted(kinds))}; "
                     "resume with the same optimizer."
                 )
             if found:
                 # The fused AdamW wants its counter where the parameter is.
-                optimizer.state[master] = {kind: value.to(master.device, copy=True) for kind, value in found.items()}
+                optimizer.state[master] = {
+                    kind: state[f"{kind}/{name}"].to(master.device, copy=True) for kind in sorted(found)
+                }
         self.write_back()
 
     def _slots(self) -> Iterator[tuple[torch.optim.Optimizer, str, Tensor]]:
