@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from qvl.data.marked import llava_messages, need, swift_messages, take_thought
 from qvl.data.media import MediaBag
 from qvl.data.native import read_native
-from qvl.data.pairs import PAIR_KEYS, REJECTED_KEYS, is_bare_pair, rejected_turns, split_pair
+from qvl.data.pairs import PAIR_KEYS, REJECTED_KEYS, rejected_turns, split_pair
 from qvl.data.record import Kind, Record, record_from_dict
 from qvl.prompt.message import ContentPart, Document, Image, Message, Text, Video
 from qvl.prompt.openai import messages_from_dicts
@@ -26,7 +26,7 @@ def detect(row: Mapping[str, Any]) -> Format:
     if "messages" in row:
         has_media = {"images", "videos", "objects"} & row.keys() or row.get("image") or row.get("video")
         return "swift" if has_media or _has_call_roles(row) else "openai"
-    if is_bare_pair(row):
+    if _is_bare_pair(row):
         return "swift" if {"images", "videos"} & row.keys() or row.get("image") or row.get("video") else "openai"
     if "query" in row and "response" in row:
         return "swift"
@@ -39,6 +39,11 @@ def detect(row: Mapping[str, Any]) -> Format:
     raise ValueError(
         f"a row has the keys {', '.join(map(str, row)) or 'none'}; messages, conversations, query and response, or text was expected."
     )
+
+
+def _is_bare_pair(row: Mapping[str, Any]) -> bool:
+    """Whether the row's only conversations are the chosen and the rejected one, as TRL has them."""
+    return {"chosen", "rejected"} <= row.keys() and not {"messages", "conversations", "query"} & row.keys()
 
 
 def _has_call_roles(row: Mapping[str, Any]) -> bool:
@@ -64,7 +69,7 @@ def to_record(row: Mapping[str, Any], format: Format, bag: MediaBag, *, id: str,
         row, other = split_pair(row)
         data["messages"] = _messages(row, format, bag)
         data["rejected"] = rejected_turns(data["messages"], _other_messages(other, format, bag))
-    elif is_bare_pair(row):
+    elif _is_bare_pair(row):
         raise ValueError("the row is a pair of a chosen and a rejected answer; import it as pref (--kind pref).")
     else:
         data["messages"] = _messages(row, format, bag)

@@ -13,11 +13,6 @@ _ROLE_KEYS = ("role", "from")
 _MEDIA = ("image", "images", "video", "videos")
 
 
-def is_bare_pair(row: Mapping[str, Any]) -> bool:
-    """Whether the row's only conversations are the chosen and the rejected one, as TRL has them."""
-    return {"chosen", "rejected"} <= row.keys() and not {"messages", "conversations", "query"} & row.keys()
-
-
 def split_pair(row: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(chosen row, rejected row), each with its conversation where a row without a pair has it. ValueError says what is lacking.
 
