@@ -10,6 +10,7 @@ import torch
 from data_files import picture, processor, write_shards
 from qvl.data.index import read_index
 from qvl.data.preference import preference_samples
+from qvl.data.preview import preview_page
 from qvl.data.record import Record, read_record, record_from_dict, record_to_json
 from qvl.data.report import verify
 from qvl.data.shard import Entry
@@ -207,3 +208,9 @@ def test_the_index_counts_both_conversations_and_verify_reads_both(small, tmp_pa
     assert int(index.text_S[0] + index.visual_S[0]) == chosen.num_tokens + rejected.num_tokens
     assert int(index.target_S[0]) == len("A cat.") + 1 + len("Dog") + 1
     assert list(verify([index], small, InProcess(), Store())) == []
+
+
+def test_the_preview_shows_both_answers_as_learned(small) -> None:
+    page = preview_page([of(pair())], small, InProcess(), title="pairs")
+    assert page.count("Which?") == 2 and "the chosen answer, then the rejected one" in page
+    assert '<span class="learned">A cat.</span>' in page and '<span class="learned">Dog</span>' in page
