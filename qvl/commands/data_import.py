@@ -29,7 +29,8 @@ class DataImport:
     format: Literal["auto", "openai", "swift", "llava", "text", "record"] = "auto"
     """What the rows are; auto tells by each row's keys."""
     kind: Literal["sft", "rl", "pref"] = "sft"
-    """What conversations are for. Plain text is always for pretraining."""
+    """What conversations are for. Plain text is always for pretraining. rl rows need a reward (scorer, truth), pref rows a rejected answer
+    (rejected_response, rejected_messages, or chosen and rejected)."""
     media_root: Path | None = None
     """Folder that the rows' media paths start from; the source's own without it. Nothing outside it is read."""
     name: str = ""

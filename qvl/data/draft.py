@@ -8,7 +8,7 @@ import torch
 
 from qvl.core.batch import Sample
 from qvl.data.messages import MediaName, Page, conversation, document_segments, trained_messages
-from qvl.data.record import Record
+from qvl.data.record import Record, prompt_end
 from qvl.prompt.budget import ImageBudget, smart_resize
 from qvl.prompt.document import DPI, page_target
 from qvl.prompt.media import image_budget_for, video_sampling_for
@@ -97,6 +97,9 @@ def _fits(draft: Draft, max_tokens: int, max_patches: int) -> bool:
 def _segments(record: Record, processor: Processor) -> list[Segment]:
     if record.kind == "pretrain":
         return document_segments(record)
+    if record.kind == "rl":  # answers are sampled, so whatever answer the record has is no part of it
+        asked = replace(record, messages=record.messages[: prompt_end(record.messages)])
+        return processor.render(conversation(asked), tools=record.tools or None, add_generation_prompt=True)
     return processor.render(
         conversation(record),
         tools=record.tools or None,

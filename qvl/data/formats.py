@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from qvl.data.marked import llava_messages, need, swift_messages, take_thought
 from qvl.data.media import MediaBag
 from qvl.data.native import read_native
+from qvl.data.pairs import PAIR_KEYS, REJECTED_KEYS, rejected_turns, split_pair
 from qvl.data.record import Kind, Record, record_from_dict
 from qvl.prompt.message import ContentPart, Document, Image, Message, Text, Video
 from qvl.prompt.openai import messages_from_dicts
@@ -25,6 +26,8 @@ def detect(row: Mapping[str, Any]) -> Format:
     if "messages" in row:
         has_media = {"images", "videos", "objects"} & row.keys() or row.get("image") or row.get("video")
         return "swift" if has_media or _has_call_roles(row) else "openai"
+    if _is_bare_pair(row):
+        return "swift" if {"images", "videos"} & row.keys() or row.get("image") or row.get("video") else "openai"
     if "query" in row and "response" in row:
         return "swift"
     if isinstance(row.get("text"), str):
@@ -36,6 +39,11 @@ def detect(row: Mapping[str, Any]) -> Format:
     raise ValueError(
         f"a row has the keys {', '.join(map(str, row)) or 'none'}; messages, conversations, query and response, or text was expected."
     )
+
+
+def _is_bare_pair(row: Mapping[str, Any]) -> bool:
+    """Whether the row's only conversations are the chosen and the rejected one, as TRL has them."""
+    return {"chosen", "rejected"} <= row.keys() and not {"messages", "conversations", "query"} & row.keys()
 
 
 def _has_call_roles(row: Mapping[str, Any]) -> bool:
@@ -50,26 +58,23 @@ def to_record(row: Mapping[str, Any], format: Format, bag: MediaBag, *, id: str,
 
     `facts`: source, category, lang, license, for rows that do not say.
     """
-    if format not in ("record", "text"):
-        _check_no_media_is_unread(row, READS_MEDIA[format])
-    if format == "text":
-        messages: list[dict[str, Any]] = [{"role": "document", "content": need(row, "text", str)}]
-        kind = "pretrain"
-    elif format == "openai":
-        messages = _openai(row, bag)
-    elif format == "swift":
-        messages = swift_messages(row, bag)
-    elif format == "llava":
-        messages = llava_messages(row, bag)
-    else:
+    if format == "record":
         return _record(row, bag)
-    if format != "text":
-        messages = read_native(messages)
-    if kind == "pretrain" and format != "text":
+    data: dict[str, Any] = {"id": str(row.get("id") or id), "kind": kind, "media": {}}
+    if format == "text":
+        data |= {"kind": "pretrain", "messages": [{"role": "document", "content": need(row, "text", str)}]}
+    elif kind == "pretrain":
         raise ValueError("a conversation cannot be a pretrain record; import it as sft, or give rows with text.")
-    if kind != "pretrain" and not any(m["role"] == "assistant" for m in messages):
+    elif kind == "pref":
+        row, other = split_pair(row)
+        data["messages"] = _messages(row, format, bag)
+        data["rejected"] = rejected_turns(data["messages"], _other_messages(other, format, bag))
+    elif _is_bare_pair(row):
+        raise ValueError("the row is a pair of a chosen and a rejected answer; import it as pref (--kind pref).")
+    else:
+        data["messages"] = _messages(row, format, bag)
+    if kind == "sft" and format != "text" and not any(m["role"] == "assistant" for m in data["messages"]):
         raise ValueError("the conversation has no assistant's message; there is nothing to learn from it.")
-    data: dict[str, Any] = {"id": str(row.get("id") or id), "kind": kind, "messages": messages, "media": {}}
     for name in ("source", "category", "lang", "license"):
         value = row.get(name)
         data[name] = value if isinstance(value, str) and value else facts.get(name, "")
@@ -77,10 +82,26 @@ def to_record(row: Mapping[str, Any], format: Format, bag: MediaBag, *, id: str,
         data["tools"] = json.loads(tools) if isinstance(tools, str) else tools
     if isinstance(row.get("reward"), Mapping):
         data["reward"] = row["reward"]
-    if rejected := row.get("rejected_response") or row.get("rejected_messages"):
-        data["extra"] = {"rejected": rejected}
     data["media"] = {name: _plain(medium) for name, medium in bag.facts.items()}
     return record_from_dict(data, "row")
+
+
+def _messages(row: Mapping[str, Any], format: Format, bag: MediaBag) -> list[dict[str, Any]]:
+    """The row's conversation as record messages."""
+    _check_no_media_is_unread(row, READS_MEDIA[format])
+    readers = {"openai": _openai, "swift": swift_messages, "llava": llava_messages}
+    return read_native(readers[format](row, bag))
+
+
+def _other_messages(row: Mapping[str, Any], format: Format, bag: MediaBag) -> list[dict[str, Any]]:
+    """The rejected conversation of a pair, whose media are in the bag already, under the same names."""
+    other = MediaBag(root=bag.root, decoder=bag.decoder)
+    messages = _messages(row, format, other)
+    if any(bag.files.get(name) != data for name, data in other.files.items()):
+        raise ValueError(
+            "the rejected conversation shows other media than the chosen one; a pair asks one question, so both see the same media."
+        )
+    return messages
 
 
 _CONVERSATION = {"messages", "conversations", "query", "response", "history", "system", "text", "objects"}
@@ -93,8 +114,6 @@ _FACTS = {
     "license",
     "tools",
     "reward",
-    "rejected_response",
-    "rejected_messages",
 }
 READS_MEDIA: dict[Format, set[str]] = {
     "openai": set(),
@@ -114,9 +133,10 @@ _TEXT_KEYS = _CONVERSATION | _FACTS
 KNOWN_KEYS = {format: _TEXT_KEYS | media for format, media in READS_MEDIA.items()} | {"text": _TEXT_KEYS}
 
 
-def unread_keys(row: Mapping[str, Any], format: Format) -> list[str]:
-    """Keys of a row that no record has a place for; a record of our own form was checked key by key."""
-    return [] if format == "record" else [key for key in row if key not in KNOWN_KEYS[format]]
+def unread_keys(row: Mapping[str, Any], format: Format, kind: Kind) -> list[str]:
+    """Keys of a row that no record of that kind has a place for; a record of our own form was checked key by key."""
+    known = KNOWN_KEYS.get(format, set()) | (PAIR_KEYS if kind == "pref" else set())
+    return [] if format == "record" else [key for key in row if key not in known]
 
 
 def _check_no_media_is_unread(row: Mapping[str, Any], read: set[str]) -> None:
@@ -132,7 +152,7 @@ def _check_no_media_is_unread(row: Mapping[str, Any], read: set[str]) -> None:
 
 def _unread_media(row: Mapping[str, Any], read: set[str]) -> Iterator[str]:
     for key, value in row.items():
-        if key in _TEXT_KEYS or key in read or value is None or value in ("", [], {}):
+        if key in _TEXT_KEYS or key in REJECTED_KEYS or key in read or value is None or value in ("", [], {}):
             continue
         # A name such as file_name beside media that are read is a note; alone it would be the row's only trace of an image.
         if _MEDIA_NAMES.fullmatch(key) or (_is_media(value) and not any(row.get(name) for name in read)):

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from qvl.data.draft import draft
-from qvl.data.record import KINDS, record_to_json
+from qvl.data.draft import Draft, draft
+from qvl.data.preference import draft_pair
+from qvl.data.record import KINDS, Record, record_to_json
 from qvl.data.shard import INDEX_SUFFIX, content_digest, entry_of, extents, read_members
 from qvl.data.store import Store
 from qvl.prompt.processor import Processor
@@ -23,7 +24,10 @@ _PROBE = "The quick brown fox, 3.14 and 2,718: «Größe», 速い茶色の狐, 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardIndex:
-    """One row for each record of a shard, in its order (the letter S: each record is a sequence)."""
+    """One row for each record of a shard, in its order (the letter S: each record is a sequence).
+
+    Of an rl record the prompt is counted, of a pref record its two conversations together.
+    """
 
     url: str
     offset_S: np.ndarray
@@ -123,22 +127,27 @@ def build_index(
     return index
 
 
+def drafts(record: Record, processor: Processor) -> tuple[Draft, ...]:
+    """What is indexed of a record: itself, or both conversations of a pref record."""
+    return draft_pair(record, processor) if record.kind == "pref" else (draft(record, processor),)
+
+
 def _costs(data: bytes, where: str, processor: Processor, names: dict[tuple[str, str, str], int]) -> dict[str, Any]:
     members = read_members(data, where)
     record = entry_of(members, where).record
     nameless = replace(record, id="", source="", category="", license="", lang="", extra={})
-    made = draft(record, processor)
-    grid_I3 = made.sample.grid_I3
-    areas = [] if grid_I3 is None else [h * w for t, h, w in grid_I3.tolist() for _ in range(t)]
-    is_target_T = made.sample.is_target_T
+    made = drafts(record, processor)
+    grids = [one.sample.grid_I3 for one in made]
+    areas = [h * w for grid_I3 in grids if grid_I3 is not None for t, h, w in grid_I3.tolist() for _ in range(t)]
+    targets = [one.sample.is_target_T for one in made]
     has_video = any(block["type"] == "video" for block in record.blocks())
     return {
         "id": record.id,
-        "text": made.sample.num_tokens - made.num_visual_tokens,
-        "visual": made.num_visual_tokens,
-        "patch": made.num_patches,
+        "text": sum(one.sample.num_tokens - one.num_visual_tokens for one in made),
+        "visual": sum(one.num_visual_tokens for one in made),
+        "patch": sum(one.num_patches for one in made),
         "square": sum(area * area for area in areas),
-        "target": 0 if is_target_T is None else int(is_target_T.sum()),
+        "target": sum(0 if is_target_T is None else int(is_target_T.sum()) for is_target_T in targets),
         "flag": MEDIA * bool(record.media) | VIDEO * has_video,
         "kind": KINDS.index(record.kind),
         "digest": int.from_bytes(content_digest(members), "big"),

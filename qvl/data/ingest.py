@@ -86,7 +86,7 @@ def import_data(
                         repeated += 1
                     writer.write(record, bag.files)
                     seen.add(hash(record.id))
-                    unread.update(unread_keys(row, row_format))
+                    unread.update(unread_keys(row, row_format, record.kind))
                     written += 1
                 except ValueError as error:
                     rejected += 1

@@ -1,7 +1,7 @@
 """The loader: this rank's micro-batches of every step, prefetched in order, resumed exactly from a small state."""
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +14,10 @@ from qvl.data.micro_batch import MicroBatch, micro_batch
 from qvl.data.mixture import Mixture
 from qvl.data.order import key_of
 from qvl.data.packing import PackBudget
-from qvl.data.plan import Item, Pack, Plan
+from qvl.data.plan import WINDOW, Item, Pack, Plan
 from qvl.data.quarantine import FILE, Failure, Quarantine
-from qvl.data.source import Source, open_source, stand_in_items
+from qvl.data.record import Kind
+from qvl.data.source import TRAINED, Source, open_source, stand_in_items
 from qvl.data.store import Store
 from qvl.model.config import ModelConfig
 from qvl.outside.workers import Decoder, WorkerPool
@@ -41,6 +42,10 @@ class Reader(Protocol):
         """A micro-batch, with `batch`, `ids` and `categories`."""
         ...
 
+    def num_tokens(self, micro: Any) -> int:
+        """Of a micro-batch, for the counts."""
+        ...
+
 
 class TokenReader:
     """Records as sequences of tokens with their patches: all that the language model learns from."""
@@ -54,6 +59,9 @@ class TokenReader:
         self, samples: list[Sample], ids: tuple[str, ...], categories: tuple[str, ...], model_config: ModelConfig
     ) -> MicroBatch:
         return micro_batch(samples, ids, categories, model_config)
+
+    def num_tokens(self, micro: MicroBatch) -> int:
+        return micro.batch.num_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +143,7 @@ class Loader:
                 )
             packs.append(one.micro)
             self._fates.update(one.fates)
-            self._tokens_read += one.micro.batch.num_tokens
+            self._tokens_read += self.reader.num_tokens(one.micro)
             self._packs_read += 1
         return packs
 
@@ -315,6 +323,8 @@ def make_loader(
     prefetch_packs: int = 4,
     select: Callable[[int, Source], Source] = lambda number, source: source,
     reader: Reader | None = None,
+    kinds: Sequence[Kind] = TRAINED,
+    window: int = WINDOW,
 ) -> Loader:
     """A loader over indexed shards.
 
@@ -322,19 +332,22 @@ def make_loader(
     media are decoded in processes of their own that a hang or a crash cannot take along (`WorkerPool`). `cache`: folder for shards of an
     object store. `out`: folder for `quarantine.jsonl`; each rank writes its own. `max_bad_rate`: share of unreadable samples that stops
     the run. `select`: (its number in the resolved mixture, the source) -> what of the source is read. `reader`: what is made of a
-    record; None: sequences of tokens.
+    record; None: sequences of tokens. `kinds`: of the records that the shards may hold. `window`: packs that are shuffled among each other.
     """
     if workers < 0 or prefetch_packs < 1:
         raise ValueError(f"workers is {workers} and prefetch_packs {prefetch_packs}; expected at least 0 and 1.")
     store = Store(cache, cache_bytes)
     mark = fingerprint(processor)
-    sources = tuple(select(i, open_source(config, mark, store)) for i, config in enumerate(mixture.resolved()))
+    sources = tuple(
+        select(i, open_source(config, mark, store, kinds=kinds)) for i, config in enumerate(mixture.resolved())
+    )
     plan = Plan(
         [source.lengths for source in sources],
         mixture.stage_weights(),
         PackBudget(tokens=pack_tokens, patches=pack_patches, buffer=buffer),
         packs_per_step=packs_per_step,
         seed=seed,
+        window=window,
     )
     name = FILE if world_size == 1 else f"{Path(FILE).stem}-{rank}.jsonl"
     return Loader(

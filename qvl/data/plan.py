@@ -65,14 +65,16 @@ class Plan:
         *,
         packs_per_step: int,
         seed: int,
+        window: int = WINDOW,
     ) -> None:
+        """`window`: packs that are shuffled among each other."""
         if packs_per_step < 1:
             raise ValueError(f"packs_per_step is {packs_per_step}; expected at least 1.")
         for i, source in enumerate(sources):
             if source.num_records == 0 and any(weights[i] > 0 for _, weights in stages):
                 raise ValueError(f"source {i} has no usable records; look at what qvl data index said about it.")
         self.sources, self.stages, self.budget = sources, stages, budget
-        self.packs_per_step, self.seed = packs_per_step, seed
+        self.packs_per_step, self.seed, self.window_packs = packs_per_step, seed, window
         self._chunks: dict[int, tuple[int, np.ndarray]] = {}
         count = len(sources)
         self._load(
@@ -156,7 +158,7 @@ class Plan:
 
     def _next_window(self) -> list[Pack]:
         packs: list[Pack] = []
-        while len(packs) < WINDOW and (pack := self._next_pack()):
+        while len(packs) < self.window_packs and (pack := self._next_pack()):
             packs.append(pack)
         if not packs:
             return []

@@ -9,6 +9,7 @@ from PIL import Image as Picture
 
 from qvl.data.draft import Draft, fit
 from qvl.data.messages import place_of
+from qvl.data.preference import draft_pair
 from qvl.data.record import Record
 from qvl.data.sample import load_part
 from qvl.data.shard import Entry
@@ -70,7 +71,9 @@ def preview_page(
 
 def _record(entry: Entry, processor: Processor, decoder: Decoder, max_tokens: int, max_patches: int) -> Html:
     record = entry.record
-    made = fit(record, processor, max_tokens, max_patches)
+    is_pair = record.kind == "pref"
+    conversations = draft_pair(record, processor) if is_pair else (fit(record, processor, max_tokens, max_patches),)
+    made = conversations[0]
     targets = 0 if made.sample.is_target_T is None else int(made.sample.is_target_T.sum())
     facts = [
         record.kind,
@@ -81,13 +84,14 @@ def _record(entry: Entry, processor: Processor, decoder: Decoder, max_tokens: in
         f"{made.num_visual_tokens:,} visual",
         f"{targets:,} learned",
         "" if made.fate == "whole" else made.fate,
+        "the chosen answer, then the rejected one" if is_pair else "",
     ]
     return tag(
         "section",
         tag("h2", record.id),
         tag("p", " · ".join(fact for fact in facts if fact), class_="faint"),
         tag("div", *_media(entry, made, processor, decoder), class_="media"),
-        tag("pre", Html(marked_text(made, processor))),
+        *(tag("pre", Html(marked_text(one, processor))) for one in conversations),
         class_="record",
     )
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
@@ -20,6 +21,7 @@ BLOCK_KEYS: dict[str, set[str]] = {
 }
 MESSAGE_KEYS = {"role", "content", "thinking", "tool_calls", "tool_call_id", "name", "weight"}
 ROLES = ("system", "user", "assistant", "tool", "document")
+REWARD_KEYS = {"scorer", "truth", "answer"}
 PLACES = {"bbox_abs": 4, "point_abs": 2, "bbox_3d": 9}
 """How a box block writes a place, and its count of numbers. The first two are pixels of the picture as it is stored, turned upright."""
 
@@ -66,15 +68,39 @@ class Record:
     """Annotations that are in no message: {"image", "label", "bbox_abs"}. Drawn in the preview, truths for rewards."""
     tools: tuple[Mapping[str, Any], ...] = ()
     reward: Mapping[str, Any] | None = None
+    """How answers to an rl record are judged: {"scorer": a scorer's name, "truth": what it needs, "answer": a right answer as text}. The
+    answer may be missing."""
+    rejected: tuple[Mapping[str, Any], ...] = ()
+    """Of a pref record: the turns that are worse than those at the end of `messages`, and stand in their place (`answer_place`)."""
     time_style: TimeStyle = "seconds"
     """How the time before a video's slices is written (report 2, "Video Timestamp": both styles are trained)."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Whatever else a pipeline wants to keep: scores, hashes, where it was found."""
 
     def blocks(self) -> Iterator[Mapping[str, Any]]:
-        """The content blocks of all messages, in order."""
-        for message in self.messages:
+        """The content blocks of all messages, in order; those of the rejected ones come last."""
+        for message in (*self.messages, *self.rejected):
             yield from content_blocks(message)
+
+
+def answer_place(messages: Sequence[Mapping[str, Any]]) -> int:
+    """Where the answer to the last question begins: behind all that is neither the assistant's nor a tool's."""
+    return 1 + max((i for i, m in enumerate(messages) if m["role"] not in ("assistant", "tool")), default=-1)
+
+
+def prompt_end(messages: Sequence[Mapping[str, Any]]) -> int:
+    """How many messages an answer is asked to: all but what the assistant says at the end. The last may be a tool's."""
+    return 1 + max((i for i, m in enumerate(messages) if m["role"] != "assistant"), default=-1)
+
+
+def same_turn(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two messages say the same; text as a string and as one block is the same, and weights do not count."""
+
+    def said(message: Mapping[str, Any]) -> dict[str, Any]:
+        bare = {key: value for key, value in message.items() if value and key not in ("weight", "content")}
+        return bare | {"content": content_blocks(message)}
+
+    return said(one) == said(other)
 
 
 def content_blocks(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -136,32 +162,100 @@ def record_from_dict(data: Any, where: str = "record") -> Record:
             raise ValueError(f"{where} has {name} {data[name]!r}; expected text.")
     if data.get("time_style", "seconds") not in get_args(TimeStyle):
         raise ValueError(f"{where} has time_style {data['time_style']!r}; expected one of seconds, hms.")
+    if data["kind"] == "pref":
+        data = _rejected_from_extra(data, where)
     raw_media = _mapping(data.get("media", {}), "media", where)
     media = {name: _medium(value, f"{where} media {name!r}") for name, value in raw_media.items()}
     record = Record(
-        **{k: v for k, v in data.items() if k not in ("messages", "media", "objects", "tools")},
+        **{k: v for k, v in data.items() if k not in ("messages", "media", "objects", "tools", "rejected")},
         messages=_sequence(data["messages"], "messages", where),
         objects=_sequence(data.get("objects", ()), "objects", where),
         tools=_sequence(data.get("tools", ()), "tools", where),
+        rejected=_sequence(data.get("rejected", ()), "rejected", where),
         media=media,
     )
-    _check_messages(record, where)
+    _check_messages(record, "messages", where)
+    if record.kind == "pref":
+        _check_messages(record, "rejected", where)
+        _check_pair(record, where)
+    elif record.rejected:
+        raise ValueError(f"{where} is a {record.kind} record with rejected messages; only pref records have them.")
+    if record.kind == "rl":
+        _check_prompt(record, where)
     for item in record.objects:
         _check_place(item, record, {"image", "label"}, f"{where} objects")
     return record
 
 
-def _check_messages(record: Record, where: str) -> None:
-    if not record.messages:
-        raise ValueError(f"{where} has no messages; expected at least one.")
-    for i, message in enumerate(record.messages):
-        here = f"{where} messages[{i}]"
+_TAGS = re.compile(r"<\|\w+\|>|</?think>|</?tool_call>|<image>|<video>|<bbox>|<ref-object>")
+
+
+def _rejected_from_extra(data: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """Pref records of before `rejected` had a field: the row's own rejected answer was kept among `extra`. A plain text replaces the last
+    message; anything else has to be read by the importer."""
+    extra = data.get("extra")
+    if not isinstance(extra, Mapping) or "rejected" not in extra or data.get("rejected"):
+        return data
+    text, messages = extra["rejected"], _sequence(data["messages"], "messages", where)
+    if not isinstance(text, str) or _TAGS.search(text):
+        raise ValueError(
+            f"{where} keeps its rejected answer in extra, in the form of the row it came from; import the data again."
+        )
+    if not all(isinstance(message, Mapping) and message.get("role") in ROLES for message in messages):
+        return data  # the messages' own check says it better
+    rejected = [*messages[answer_place(messages) : -1], {"role": "assistant", "content": text}]
+    others = {key: value for key, value in extra.items() if key != "rejected"}
+    return {**data, "extra": others, "rejected": rejected}
+
+
+def _check_pair(record: Record, where: str) -> None:
+    place = answer_place(record.messages)
+    chosen, rejected = record.messages[place:], record.rejected
+    if place == 0 or not chosen or chosen[0]["role"] != "assistant":
+        raise ValueError(
+            f"{where} is a pref record without a question and an answer to it; messages end with the chosen answer."
+        )
+    if rejected[0]["role"] != "assistant" or answer_place(rejected):
+        raise ValueError(
+            f"{where} has rejected messages of the roles {', '.join(m['role'] for m in rejected)}; expected what the assistant says in "
+            "place of the chosen answer (tools may answer it), without the question."
+        )
+    if len(chosen) == len(rejected) and all(map(same_turn, chosen, rejected)):
+        raise ValueError(f"{where} has a rejected answer that is the chosen one; there is nothing to prefer.")
+
+
+def _check_prompt(record: Record, where: str) -> None:
+    if prompt_end(record.messages) == 0:
+        raise ValueError(f"{where} is an rl record of the assistant's messages alone; expected a question.")
+    reward = record.reward
+    if not isinstance(reward, Mapping):
+        raise ValueError(
+            f"{where} is an rl record with the reward {reward!r}; expected an object with scorer and truth, which say how answers are "
+            "judged."
+        )
+    _known(reward, REWARD_KEYS, f"{where} reward")
+    if not isinstance(reward.get("scorer"), str) or not reward["scorer"]:
+        raise ValueError(f"{where} reward has scorer {reward.get('scorer')!r}; expected a scorer's name.")
+    if not isinstance(reward.get("truth"), Mapping):
+        raise ValueError(
+            f"{where} reward has truth {reward.get('truth')!r}; expected an object with what the scorer needs."
+        )
+    if not isinstance(reward.get("answer", ""), str):
+        raise ValueError(f"{where} reward has answer {reward['answer']!r}; expected text.")
+
+
+def _check_messages(record: Record, name: Literal["messages", "rejected"], where: str) -> None:
+    messages: tuple[Mapping[str, Any], ...] = getattr(record, name)
+    if not messages:
+        raise ValueError(f"{where} has no {name}{' messages' * (name == 'rejected')}; expected at least one.")
+    for i, message in enumerate(messages):
+        here = f"{where} {name}[{i}]"
         _mapping(message, "a message", here)
         _known(message, MESSAGE_KEYS, here)
         role = message.get("role")
         if role not in ROLES:
             raise ValueError(f"{here} has the role {role!r}; expected one of {', '.join(ROLES)}.")
-        if (role == "document") != (record.kind == "pretrain") or (role == "document" and len(record.messages) > 1):
+        if (role == "document") != (record.kind == "pretrain") or (role == "document" and len(messages) > 1):
             raise ValueError(f"{here} has the role {role!r}; a pretrain record holds one document, others hold a chat.")
         weight = message.get("weight", 1.0)
         if isinstance(weight, bool) or weight not in (0, 1):

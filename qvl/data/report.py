@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from qvl.data.draft import draft
-from qvl.data.index import BAD, ShardIndex, records_of
+from qvl.data.index import BAD, ShardIndex, drafts, records_of
 from qvl.data.record import KINDS
 from qvl.data.sample import materialise
 from qvl.data.shard import content_digest, read_entry, read_members
@@ -132,7 +131,8 @@ def _verify_one(index: ShardIndex, i: int, data: bytes, where: str, processor: P
             raise ValueError(f"{where}: {name} has another SHA-256 than the record says; it was damaged or replaced.")
     if int.from_bytes(content_digest(members), "big") != int(index.digest_S[i]):
         raise ValueError(f"{where}: the bytes changed since the index was built.")
-    made = draft(entry.record, processor)
-    if made.sample.num_tokens != int(index.text_S[i]) + int(index.visual_S[i]):
+    made = drafts(entry.record, processor)
+    if sum(one.sample.num_tokens for one in made) != int(index.text_S[i]) + int(index.visual_S[i]):
         raise ValueError(f"{where}: the record has another length than its index says; build the index again.")
-    materialise(made, entry.media, processor, decoder)
+    for one in made:
+        materialise(one, entry.media, processor, decoder)

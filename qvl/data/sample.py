@@ -1,7 +1,7 @@
 """A draft becomes a Sample: its media are decoded, and must be what the record says they are."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,13 +23,26 @@ def materialise(
     """The sample with its patches. ValueError when a medium cannot be decoded or has another size than its facts say."""
     if not draft.parts:
         return draft.sample
-    patches: list[Tensor] = []
+    return replace(draft.sample, patch_PX=joined_patches(draft, load_visuals(draft, media, processor, decoder)))
+
+
+def load_visuals(
+    draft: Draft, media: Mapping[str, bytes], processor: Processor, decoder: Decoder | None = None
+) -> list[Visual]:
+    """Those of the draft's parts, in order. ValueError as of `materialise`."""
+    visuals = []
     for part, expected in zip(draft.parts, draft.stand_ins, strict=True):
-        visual = load_part(part, media, processor, decoder)
-        _check(visual, expected, part)
-        patches.append(visual.patch_PX)
-    patch_PX = torch.cat(patches) if len(patches) > 1 else patches[0]
-    return replace(draft.sample, patch_PX=patch_PX[: draft.num_patches])
+        visuals.append(load_part(part, media, processor, decoder))
+        _check(visuals[-1], expected, part)
+    return visuals
+
+
+def joined_patches(draft: Draft, visuals: Sequence[Visual]) -> Tensor | None:
+    """What the draft keeps of its visuals' patches; None of no visuals."""
+    if not visuals:
+        return None
+    patch_PX = torch.cat([v.patch_PX for v in visuals]) if len(visuals) > 1 else visuals[0].patch_PX
+    return patch_PX[: draft.num_patches]
 
 
 def load_part(

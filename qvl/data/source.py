@@ -13,14 +13,14 @@ from qvl.data.mixture import SourceConfig
 from qvl.data.packing import PackBudget
 from qvl.data.plan import Item, Lengths
 from qvl.data.quarantine import Failure
-from qvl.data.record import KINDS
+from qvl.data.record import KINDS, Kind
 from qvl.data.sample import materialise
 from qvl.data.shard import Entry, content_digest, entry_of, read_members
 from qvl.data.store import Store, shards_of
 from qvl.outside.workers import Decoder
 from qvl.prompt.processor import Processor
 
-TRAINED = (KINDS.index("pretrain"), KINDS.index("sft"))
+TRAINED: tuple[Kind, ...] = ("pretrain", "sft")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,16 +81,21 @@ class Source:
         return entry_of(members, where)
 
 
-def open_source(config: SourceConfig, mark: str, store: Store) -> Source:
-    """Reads the indexes of a source. Records that could not be indexed, or that hold no token to train, are left out."""
+def open_source(config: SourceConfig, mark: str, store: Store, *, kinds: Sequence[Kind] = TRAINED) -> Source:
+    """Reads the indexes of a source, which must hold records of these kinds alone. Records that could not be indexed, or that hold no token
+    to train (prompts need none), are left out."""
     shards = tuple(read_index(url, mark, store, with_ids=False) for url in shards_of(config.path))
     for shard in shards:
-        bad_kind = [int(k) for k in set(shard.kind_S[(shard.flag_S & BAD) == 0].tolist()) if k not in TRAINED]
-        if bad_kind:
+        found = [KINDS[k] for k in set(shard.kind_S[(shard.flag_S & BAD) == 0].tolist())]
+        if bad_kind := [kind for kind in found if kind not in kinds]:
             raise ValueError(
-                f"{shard.url} holds {KINDS[bad_kind[0]]} records; the loader takes pretrain and sft records."
+                f"{shard.url} holds {bad_kind[0]} records; the loader takes {' and '.join(kinds)} records."
             )
-    usable = [np.flatnonzero(((s.flag_S & BAD) == 0) & (s.target_S > 0)) for s in shards]
+    is_prompt = [s.kind_S == KINDS.index("rl") for s in shards]
+    usable = [
+        np.flatnonzero(((s.flag_S & BAD) == 0) & (is_prompt_S | (s.target_S > 0)))
+        for s, is_prompt_S in zip(shards, is_prompt, strict=True)
+    ]
     left_out = sum(s.num_records for s in shards) - sum(len(rows) for rows in usable)
     if left_out:
         say_once(f"{config.path}: {left_out:,} records cannot be read or hold nothing to train; they are left out")
@@ -112,7 +117,7 @@ def open_source(config: SourceConfig, mark: str, store: Store) -> Source:
 
 
 def stand_in_items(source: Source, number: int, item: Item, keys: Sequence[int]) -> list[Item]:
-    """Records that may take the place of one that failed, the fullest first.
+    """Records that may take the place of one that failed, the fullest first, among equals in the order of `keys`.
 
     They follow from `keys` and the source alone, so every rank and every worker finds the same.
     """
@@ -132,4 +137,4 @@ def stand_in_items(source: Source, number: int, item: Item, keys: Sequence[int])
                 square=int(lengths.square_S[record]),
                 is_long=False,
             )
-    return sorted(found.values(), key=lambda candidate: (-candidate.tokens, candidate.record))
+    return sorted(found.values(), key=lambda candidate: -candidate.tokens)

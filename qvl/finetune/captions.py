@@ -95,6 +95,9 @@ class CaptionReader:
             caption_id_S=torch.tensor([caption_id(caption) for caption in captions]),
         )
 
+    def num_tokens(self, micro: CaptionPack) -> int:
+        return micro.batch.num_tokens
+
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutPairs:

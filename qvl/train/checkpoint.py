@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from qvl.train.optimizer import Optimizer
 
 PREFIX = "step-"
 FROZEN = "frozen.safetensors"
+STREAM = "stream"
+"""The folder in a checkpoint for the stream's own files."""
 ALONE = World(0, 1, torch.device("cpu"))
 
 
@@ -60,6 +63,8 @@ class Saved:
     """JSON: stream, counters, spike statistics."""
     frozen: str | None = None
     """The digest of the frozen weights' file; None where the checkpoint holds all weights itself."""
+    files: Path | None = None
+    """The folder of the stream's own files, which were compared; None where the stream keeps none."""
 
 
 def save_run(
@@ -73,18 +78,20 @@ def save_run(
     keep: int,
     helpers: Sequence[str] = (),
     frozen: str | None = None,
+    save_files: Callable[[Path], None] | None = None,
 ) -> str | None:
     """Write `folder/step-N`, what is trained and its moments, and drop all but the newest `keep`. Every rank must call this; rank 0 writes.
 
     What is frozen never changes, so it is written once, to `folder/frozen.safetensors`: a run of LoRA on 8B would write 17 GB of it each
     time. Modules in `helpers` are not saved. Returns that file's digest, which the run's next call gives as `frozen`; a resumed run has it
-    from what it read.
+    from what it read. `save_files` writes the stream's own files into the folder it is given, on every rank; they land in `step-N/stream`.
     """
     own = _own(model, helpers)
     weights = _on_rank_0(((n, p.detach()) for n, p in own.items() if p.requires_grad), world)
     moments = _on_rank_0(optimizer.state().items(), world)
     if frozen is None:
         frozen = _save_frozen(folder, {n: p.detach() for n, p in own.items() if not p.requires_grad}, world)
+    files = None if save_files is None else _stage_files(folder, save_files, world)
     if world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         final = folder / f"{PREFIX}{step:08d}"
@@ -94,7 +101,9 @@ def save_run(
             save_tensors(weights, new / "weights.safetensors")
             save_tensors(moments, new / "optimizer.safetensors")
             (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
-            digests = {path.name: _digest(path) for path in sorted(new.iterdir())}
+            if files is not None:
+                os.rename(files, new / STREAM)
+            digests = {str(path.relative_to(new)): _digest(path) for path in sorted(new.rglob("*")) if path.is_file()}
             manifest = {"step": step, "sha256": digests} | ({} if frozen is None else {"frozen": frozen})
             (new / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
         # Later ones can only be broken, and must not push this one out.
@@ -102,6 +111,18 @@ def save_run(
             shutil.rmtree(old, ignore_errors=True)
     world.barrier()
     return frozen
+
+
+def _stage_files(folder: Path, save_files: Callable[[Path], None], world: World) -> Path:
+    """The folder, beside the checkpoints, in which the stream's files of all ranks wait for the checkpoint that they belong to."""
+    aside = folder / f".{STREAM}.partial"
+    if world.rank == 0:
+        shutil.rmtree(aside, ignore_errors=True)  # of a killed save
+        aside.mkdir(parents=True)
+    world.barrier()
+    save_files(aside)
+    world.barrier()
+    return aside
 
 
 def _own(model: nn.Module, helpers: Sequence[str]) -> dict[str, nn.Parameter]:
@@ -204,6 +225,7 @@ def _opened(path: Path, frozen: str | None) -> Saved:
         optimizer=Stored(path, [path / "optimizer.safetensors"]),
         state=json.loads((path / "state.json").read_text(encoding="utf-8")),
         frozen=digest,
+        files=path / STREAM if (path / STREAM).is_dir() else None,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -58,7 +58,7 @@ class LoopConfig:
 
 
 class Stream(Protocol):
-    """Where packs come from; its state is a few KB of JSON."""
+    """Where packs come from; its state is a few KB of JSON, and files where it has the methods of `KeepsFiles`."""
 
     def next_step(self) -> Sequence[Micro]:
         """This rank's packs of the next optimizer step."""
@@ -66,6 +66,20 @@ class Stream(Protocol):
 
     def state(self) -> dict[str, Any]: ...
     def restore(self, state: dict[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class KeepsFiles(Protocol):
+    """What a stream has beside `state` and `restore` when its state is too large for JSON, such as answers that were sampled."""
+
+    def save_files(self, folder: Path) -> None:
+        """Writes what `state` does not say into an empty folder, which becomes part of the checkpoint. Called on every rank with the same
+        folder: what ranks write must differ in name."""
+        ...
+
+    def restore_files(self, folder: Path) -> None:
+        """Reads what `save_files` wrote at the step of `state`, after `restore`. The files are known to be whole, and stay as they are."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -269,6 +283,7 @@ class _Run:
             keep=self.config.keep,
             helpers=self.objective.helpers,
             frozen=self._frozen,
+            save_files=self.stream.save_files if isinstance(self.stream, KeepsFiles) else None,
         )
         self._went_back = 0
 
@@ -280,6 +295,7 @@ class _Run:
         _check_settings(saved.state["settings"], self.settings, self.out)
         self._restore(saved)
         self.stream.restore(saved.state["stream"])
+        _restore_files(self.stream, saved.files, self.out)
         self._went_to, self._frozen = saved.step, saved.frozen
         log.info("resumed from step %d in %s", saved.step, self.out)
 
@@ -309,6 +325,16 @@ class _Run:
         restore_optimizer(self.optimizer, saved.optimizer)
         self.guard.restore(saved.state["guard"])
         self.step = saved.step
+
+
+def _restore_files(stream: Stream, files: Path | None, out: Path) -> None:
+    if isinstance(stream, KeepsFiles) != (files is not None):
+        raise ValueError(
+            f"the checkpoint in {out} has {'no ' if files is None else ''}files of its stream, and this run's stream keeps "
+            f"{'some' if files is None else 'none'}; resume with the same kind of data, or start in another folder."
+        )
+    if isinstance(stream, KeepsFiles) and files is not None:
+        stream.restore_files(files)
 
 
 def _settings(config: LoopConfig, others: Mapping[str, Any]) -> dict[str, Any]:
