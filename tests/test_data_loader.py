@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from data_files import chat, chats, clip, document, film, mixture, model_config, picture, processor, texts, write_shards
 from qvl.data.index import build_index, index_url, read_index
-from qvl.data.loader import Loader, make_loader
-from qvl.data.micro_batch import MicroBatch
+from qvl.data.loader import Loader, MicroBatch, make_loader
 from qvl.data.mixture import Mixture, mixture_from_dict
 from qvl.model.qwen3vl import new_model
 from qvl.outside.media import MediaLimits

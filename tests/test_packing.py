@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qvl.core.batch import Batch, Sample
-from qvl.data.micro_batch import micro_batch
+from qvl.data.loader import micro_batch
 from qvl.model.attention import KERNELS, Packed
 from qvl.model.layers import PLAIN_BLOCKS, Blocks
 from qvl.model.moe import load_balancing_loss

@@ -13,7 +13,7 @@ from data_files import processor, texts, write_shards
 from qvl.commands import cli
 from qvl.core.batch import Sample
 from qvl.data.index import fingerprint
-from qvl.data.micro_batch import micro_batch
+from qvl.data.loader import micro_batch
 from qvl.data.mixture import SourceConfig, mixture_from_dict
 from qvl.data.packing import PackBudget
 from qvl.data.source import Source, open_source

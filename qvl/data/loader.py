@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from qvl.core.batch import Sample
+from qvl.core.batch import Batch, Sample
 from qvl.data.deal import cost_of, deal
 from qvl.data.index import fingerprint
-from qvl.data.micro_batch import MicroBatch, micro_batch
 from qvl.data.mixture import Mixture
 from qvl.data.order import key_of
 from qvl.data.packing import PackBudget
@@ -20,11 +19,32 @@ from qvl.data.record import Kind
 from qvl.data.source import TRAINED, Source, open_source, stand_in_items
 from qvl.data.store import Store
 from qvl.model.config import ModelConfig
+from qvl.model.pack import pack
 from qvl.outside.workers import Decoder, WorkerPool
 from qvl.prompt.processor import Processor
 
 TRIES = 64
 """Records looked at, per source, before a place in a pack stays empty."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One pack. `ids` and `categories` have one entry for each of the batch's sequences."""
+
+    batch: Batch
+    ids: tuple[str, ...]
+    categories: tuple[str, ...]
+
+
+def micro_batch(
+    samples: Sequence[Sample], ids: Sequence[str], categories: Sequence[str], config: ModelConfig
+) -> MicroBatch:
+    """The samples end to end, in the order given. Raises ValueError where `qvl.model.pack.pack` does, or where names are missing."""
+    if not len(samples) == len(ids) == len(categories):
+        raise ValueError(
+            f"{len(samples)} samples came with {len(ids)} ids and {len(categories)} categories; give each sample one of both."
+        )
+    return MicroBatch(pack(samples, config), tuple(ids), tuple(categories))
 
 
 class Reader(Protocol):

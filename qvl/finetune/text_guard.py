@@ -16,7 +16,7 @@ from qvl.core.batch import Batch
 from qvl.core.config import read_object
 from qvl.core.files import write_text
 from qvl.core.log import log, read_jsonl
-from qvl.data.micro_batch import MicroBatch
+from qvl.data.loader import MicroBatch
 from qvl.parallel.data_parallel import World
 from qvl.prompt.tokenizer import Tokenizer
 from qvl.train.language import bits_per_byte

@@ -8,8 +8,7 @@ import numpy as np
 
 from qvl.core.batch import Sample
 from qvl.core.log import log
-from qvl.data.loader import Loader, make_loader
-from qvl.data.micro_batch import MicroBatch, micro_batch
+from qvl.data.loader import Loader, MicroBatch, make_loader, micro_batch
 from qvl.data.mixture import Mixture
 from qvl.data.packing import PackBudget
 from qvl.data.plan import Item, Lengths

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qvl.core.batch import Sample
 from qvl.data.deal import deal
-from qvl.data.micro_batch import MicroBatch, micro_batch
+from qvl.data.loader import MicroBatch, micro_batch
 from qvl.model.config import ModelConfig
 from qvl.parallel.data_parallel import World
 from qvl.prompt.processor import Processor

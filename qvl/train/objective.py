@@ -19,7 +19,7 @@ from qvl.train.loss import LOSS_KERNELS, Denominator, LossKernel, Targets, targe
 
 
 class Micro(Protocol):
-    """One forward's worth of a step (qvl.data.micro_batch.MicroBatch)."""
+    """One forward's worth of a step (qvl.data.loader.MicroBatch)."""
 
     @property
     def batch(self) -> Batch: ...
