@@ -35,8 +35,8 @@ from qvl.model.siglip import Tower, fill_tower
 from qvl.model.weights import load, save
 from qvl.prompt.processor import Processor
 from qvl.train.checkpoint import newest
-from qvl.train.contrastive import new_contrastive
-from qvl.train.parameters import part_of
+from qvl.train.contrastive import V0_RATES, new_contrastive
+from qvl.train.parameters import freeze, groups, part_of
 from test_contrastive import siglip
 from test_start import SIDE
 from tune_files import small_config
@@ -224,6 +224,11 @@ def test_a_dry_run_counts_the_vision_encoder_and_its_helpers(here: Path, tmp_pat
     assert "head, one chunk" not in found.memory_bytes and found.memory_bytes["kept activations"] > 0
     assert found.expect == (f"{SCORE} at least what it is before",)
     assert found.flops > 0 and dry_run(settings(tmp_path / "run", steps=6)).flops == pytest.approx(2 * found.flops)
+    muon = dry_run(settings(tmp_path / "run", optimizer=OptimizerSettings(optimizer="muon")))
+    freeze(objective, V0_RATES)
+    sizes = {name: parameter.numel() for name, parameter in objective.named_parameters()}
+    matrices = sum(sizes[name] for group in groups(objective) if group.is_matrix for name in group.names)
+    assert found.checkpoint_bytes.optimizer - muon.checkpoint_bytes.optimizer == 4 * matrices > 0
     assert not (tmp_path / "run").exists()
 
 
