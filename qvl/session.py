@@ -1,8 +1,9 @@
 """A model that is ready to answer: network, processor, sampling and end tokens in one object, which everything that asks a model shares."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,8 +12,9 @@ import torch
 from qvl.core.batch import Sample
 from qvl.core.config import did_you_mean
 from qvl.core.device import pick_device, pick_dtype
-from qvl.engine.generate import Event, FinishReason, Generation, generate, stream
-from qvl.engine.prepare import Weights, prepare
+from qvl.engine.generate import Event, FinishReason, Generation, OfflineEngine
+from qvl.engine.prepare import Weights, prepare, sync_weights
+from qvl.engine.request import ThinkingBudget
 from qvl.engine.sampling import Preset, Sampling, defaults, end_tokens
 from qvl.model.lora import load_adapter, merge
 from qvl.model.qwen3vl import Qwen3VL
@@ -35,6 +37,7 @@ def load(
     adapter: str | Path | None = None,
     dtype: Dtype = "auto",
     device: str = "auto",
+    memory: float | None = None,
     sampling: Preset = "model",
     weights: Weights = "plain",
 ) -> "Session":
@@ -44,11 +47,12 @@ def load(
         model = qvl.load("DIR")
         print(model.chat("What is this?", images=["cat.png"]))
 
-    `adapter`: a LoRA folder in PEFT's format, merged into the weights. `dtype` auto: bfloat16 where the hardware multiplies it. `sampling`:
-    where unset values come from (the folder's own settings, the report's, the official evaluation's).
+    `adapter`: a LoRA folder in PEFT's format, merged into the weights. `dtype` auto: bfloat16 where the hardware multiplies it. `memory`:
+    GiB for keys and values; None takes what is needed. `sampling`: where unset values come from (the folder's own settings, the report's,
+    the official evaluation's). The session keeps what it has read: a conversation that goes on is not read again from its beginning.
     """
     processor = Processor.from_folder(resolve(str(model)))
-    return Session.open(
+    session = Session.open(
         processor,
         adapter=None if adapter is None else Path(adapter),
         dtype=dtype,
@@ -56,6 +60,7 @@ def load(
         sampling=sampling,
         weights=weights,
     )
+    return replace(session, memory=memory, reuse=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +71,8 @@ class Reply:
     """The assistant's message: words, thought, tool calls. It may be put behind the conversation that was asked."""
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
+    is_forced: tuple[bool, ...]
+    """Tokens that ended a thought by force; the model did not sample them."""
     finish: FinishReason
 
     @property
@@ -85,6 +92,10 @@ class Session:
     end_tokens: frozenset[int]
     skips_special: bool = False
     """Whether control tokens are left out of an answer's text."""
+    memory: float | None = None
+    """GiB for keys and values; None takes what the largest call so far needed."""
+    reuse: bool = False
+    """Whether prompts' beginnings and images that were seen before are computed again: not, with it, at the cost of last digits."""
 
     @classmethod
     def open(
@@ -106,11 +117,16 @@ class Session:
             load_adapter(model, adapter)
             merge(model, keep_base=False)
         prepare(model, free=True, weights=weights)
+        return cls.over(model, processor, sampling=sampling)
+
+    @classmethod
+    def over(cls, model: Qwen3VL, processor: Processor, *, sampling: Preset = "model") -> "Session":
+        """On a model in memory, with the sampling and the end tokens of the processor's folder."""
         return cls(
             model=model,
             processor=processor,
-            sampling=preset_sampling(sampling, folder, model, processor),
-            end_tokens=end_tokens(folder, model.config.text.eos_token_id),
+            sampling=preset_sampling(sampling, processor.folder.path, model, processor),
+            end_tokens=end_tokens(processor.folder.path, model.config.text.eos_token_id),
         )
 
     @classmethod
@@ -126,12 +142,20 @@ class Session:
         self, conversation: Conversation, *, images: Sequence[Any] = (), videos: Sequence[Any] = (), **sampling: Any
     ) -> Reply:
         """The answer. `images` and `videos` (paths, bytes, PIL images, arrays) stand before the words of a lone question; keywords are
-        fields of Sampling (temperature, max_tokens, seed, stop, ...)."""
+        fields of Sampling (temperature, max_tokens, seed, stop, ...) and `thinking_budget`."""
         (reply,) = self.chat_many([self._messages(conversation, images, videos)], **sampling)
         return reply
 
-    def chat_many(self, conversations: Sequence[Conversation], **sampling: Any) -> list[Reply]:
-        """The answers, worked out together; each is what it would be alone, up to rounding."""
+    def chat_many(
+        self,
+        conversations: Sequence[Conversation],
+        *,
+        n: int = 1,
+        thinking_budget: int | None = None,
+        **sampling: Any,
+    ) -> list[Reply]:
+        """The answers, worked out together; each is what it would be alone, up to rounding. With `n`, the n answers of a conversation stand
+        together. `thinking_budget`: tokens after which a thought is closed by force."""
         samples = [self.processor(self._messages(conversation)).sample for conversation in conversations]
         chosen = self._sampling(sampling)
         return [
@@ -139,18 +163,20 @@ class Session:
                 message=self._parsed(made.tokens, made.text, chosen).message,
                 tokens=made.tokens,
                 logprobs=made.logprobs,
+                is_forced=made.is_forced,
                 finish=made.finish,
             )
-            for made in self.generate(samples, chosen)
+            for made in self.generate(samples, chosen, n=n, thinking_budget=thinking_budget)
         ]
 
     def stream(
         self, conversation: Conversation, *, images: Sequence[Any] = (), videos: Sequence[Any] = (), **sampling: Any
-    ) -> Iterator[str]:
+    ) -> Generator[str]:
         """The answer's text as it comes, a thought with its marks included; joined it is what a whole answer's tokens say."""
         sample = self.processor(self._messages(conversation, images, videos)).sample
-        for event in self.events([sample], self._sampling(sampling)):
-            yield event.text
+        with closing(self.events([sample], self._sampling(sampling))) as events:
+            for event in events:
+                yield event.text
 
     def _messages(
         self, conversation: Conversation, images: Sequence[Any] = (), videos: Sequence[Any] = ()
@@ -171,25 +197,51 @@ class Session:
             raise ValueError(f"there is no sampling setting {unknown!r}{did_you_mean(unknown, known)}.")
         return replace(self.sampling, **given)
 
+    # ---- weights
+
+    def sync_weights(self, model: Qwen3VL) -> None:
+        """Answers with the weights of a model in training from here on (`prepare.sync_weights`); nothing the old ones computed is kept."""
+        self.engine.reset_caches()  # refuses while answers are under way, before a weight is changed
+        sync_weights(self.model, dict(model.named_parameters()))
+
+    def reset_caches(self) -> None:
+        """Where `model` itself was trained on: forgets the beginnings of prompts and the images that the old weights read."""
+        self.engine.reset_caches()
+
     # ---- samples
 
-    def generate(
-        self, samples: Sequence[Sample], sampling: Sampling | Sequence[Sampling] | None = None
-    ) -> list[Generation]:
-        """All answers to prompts that are ids and patches already."""
-        return generate(
-            self.model, samples, sampling or self.sampling, end_tokens=self.end_tokens, text_stream=self._text_stream
+    @cached_property
+    def engine(self) -> OfflineEngine:
+        """Made by the first call; it lives as long as the session."""
+        return OfflineEngine(
+            self.model,
+            end_tokens=self.end_tokens,
+            text_stream=lambda: self.processor.tokenizer.stream(skip_special=self.skips_special),
+            memory_gib=self.memory,
+            reuse=self.reuse,
         )
+
+    def generate(
+        self,
+        samples: Sequence[Sample],
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        *,
+        n: int = 1,
+        thinking_budget: int | None = None,
+    ) -> list[Generation]:
+        """All answers to prompts that are ids and patches already; the n of a prompt stand together."""
+        thinking = None
+        if thinking_budget is not None and (thinking := thinking_of(self.processor, thinking_budget)) is None:
+            raise ValueError("this model has no thoughts; leave out thinking_budget.")
+        return self.engine.generate(samples, sampling or self.sampling, n=n, thinking=thinking)
 
     def events(
-        self, samples: Sequence[Sample], sampling: Sampling | Sequence[Sampling] | None = None
-    ) -> Iterator[Event]:
+        self, samples: Sequence[Sample], sampling: Sampling | Sequence[Sampling] | None = None, *, n: int = 1
+    ) -> Generator[Event]:
         """Tokens of all answers as they come."""
-        return stream(
-            self.model, samples, sampling or self.sampling, end_tokens=self.end_tokens, text_stream=self._text_stream
-        )
+        return self.engine.stream(samples, sampling or self.sampling, n=n)
 
-    def answer(self, sample: Sample, say: Say) -> Iterator[Event]:
+    def answer(self, sample: Sample, say: Say) -> Generator[Event]:
         """Tokens as they come. `say` is told what happens until the first."""
         events = self.events([sample])
         with reading(self.model, sample.num_tokens, say):
@@ -208,8 +260,15 @@ class Session:
             return parse_answer(text, starts_in_thought=self.processor.starts_in_thought)
         return self.processor.parse_answer(tokens)
 
-    def _text_stream(self) -> Any:
-        return self.processor.tokenizer.stream(skip_special=self.skips_special)
+
+def thinking_of(processor: Processor, max_tokens: int | None) -> ThinkingBudget | None:
+    """How thoughts are marked, and their budget; None where the vocabulary has no marks."""
+    tokenizer = processor.tokenizer
+    if not (tokenizer.has_control("<think>") and tokenizer.has_control("</think>")):
+        return None
+    return ThinkingBudget(
+        open=tokenizer.control_id("<think>"), close=tokenizer.control_id("</think>"), max_tokens=max_tokens
+    )
 
 
 def preset_sampling(preset: Preset, folder: Path, model: Qwen3VL, processor: Processor) -> Sampling:

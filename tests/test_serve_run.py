@@ -25,6 +25,7 @@ from qvl.commands.serve import (
 )
 from qvl.model.weights import load
 from qvl.prompt.processor import Processor
+from qvl.session import Session
 from serve_doubles import KEY
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -174,6 +175,6 @@ def test_an_adapter_does_not_take_the_models_name(tiny_folder: Path, tmp_path: P
 def test_an_answer_may_fill_the_context_and_draws_anew_each_time(tiny_folder: Path) -> None:
     model, processor = load(tiny_folder), Processor.from_folder(tiny_folder)
     for kind in ("model", "official"):
-        sampling = base_sampling(Serve(sampling=kind), tiny_folder, model, processor)
+        sampling = base_sampling(Serve(sampling=kind), Session.over(model, processor, sampling=kind))
         assert (sampling.max_tokens, sampling.seed) == (32768, None)
-    assert base_sampling(Serve(max_tokens=7), tiny_folder, model, processor).max_tokens == 7
+    assert base_sampling(Serve(max_tokens=7), Session.over(model, processor)).max_tokens == 7

@@ -4,7 +4,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from PIL import Image as Pillow
@@ -63,7 +63,7 @@ HELP = (
 def run(args: Chat) -> int:
     with telling() as say:
         processor = processor_of(args)
-        session = open_session(args, processor, say)
+        session = replace(open_session(args, processor, say), reuse=True)
     # The status line is gone while a person types; each wait opens its own.
     with media_loader(lambda words: None, processor) as loader:
         talk = Talk(args=args, session=session, loader=loader)

@@ -14,14 +14,14 @@ from qvl.core.device import free_memory_bytes, pick_device, pick_dtype
 from qvl.core.log import log
 from qvl.engine.engine import Engine, EngineSettings
 from qvl.engine.prepare import Weights, prepare
-from qvl.engine.sampling import Preset, Sampling, end_tokens
+from qvl.engine.sampling import Preset, Sampling
 from qvl.model.lora import CONFIG_FILE, load_adapter
 from qvl.model.qwen3vl import Qwen3VL
 from qvl.model.weights import load
 from qvl.outside.hub import resolve
 from qvl.outside.port import check_port
 from qvl.prompt.processor import Processor
-from qvl.session import preset_sampling
+from qvl.session import Session
 
 try:
     from qvl.serve.app import App, make_app
@@ -137,6 +137,7 @@ def build(
     models = {own: model} | {name: adapted(model, path) for name, path in adapters.items()}
     for each in models.values():
         prepare(each, free=len(models) == 1, weights=args.weights, pack=True if args.mode == "exact" else None)
+    session = Session.over(model, processor, sampling=args.sampling)
     share = cache_gib(args, model) / len(models)
     settings = EngineSettings(
         memory_gib=share,
@@ -153,8 +154,8 @@ def build(
     served = Served(
         names=tuple(engines),
         processor=processor,
-        sampling=base_sampling(args, folder, model, processor),
-        end_tokens=end_tokens(folder, model.config.text.eos_token_id),
+        sampling=base_sampling(args, session),
+        end_tokens=session.end_tokens,
         max_context=min(engine.describe().longest_context for engine in engines.values()),
         vocab_size=model.config.text.vocab_size,
     )
@@ -187,9 +188,9 @@ def name_of(args: Serve, folder: Path) -> str:
     return folder.resolve().name if Path(args.model).is_dir() else args.model
 
 
-def base_sampling(args: Serve, folder: Path, model: Qwen3VL, processor: Processor) -> Sampling:
+def base_sampling(args: Serve, session: Session) -> Sampling:
     """A request that names no max_tokens gets the rest of the context, at most LONGEST_ANSWER. The fixed seed is evaluation's alone."""
-    base = replace(preset_sampling(args.sampling, folder, model, processor), seed=None)
+    base = replace(session.sampling, seed=None)
     if args.max_tokens is not None:
         return replace(base, max_tokens=args.max_tokens)
     return base if args.sampling != "model" else replace(base, max_tokens=LONGEST_ANSWER)

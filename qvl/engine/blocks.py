@@ -89,6 +89,13 @@ class BlockManager:
             assert self.holders.get(block, 0) > 0, "only held blocks are forgotten"
             self._forget(block)
 
+    def forget_all(self) -> None:
+        """No content is found again; what is held stays held."""
+        for block in list(self.name_of):
+            self._forget(block)
+        self.pool.give_back(list(self.idle))
+        self.idle.clear()
+
     def _forget(self, block: int) -> None:
         name = self.name_of.pop(block, None)
         if name is not None:

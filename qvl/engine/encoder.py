@@ -76,6 +76,11 @@ class Encoder:
         self.num_asked = 0
         self.num_found = 0
 
+    def forget_all(self) -> None:
+        """What was encoded is encoded anew."""
+        self.kept.clear()
+        self.num_bytes = 0
+
     def features(self, visuals: Visuals, low: int, high: int) -> VisualFeatures:
         """Those of the prompt's visual tokens [low, high). Groups that end there are let go."""
         pieces = []

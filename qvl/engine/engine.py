@@ -182,6 +182,16 @@ class Engine:
             self.scheduler.remove(answer.sequence)
         self._pending += [ended(id, index, "cancelled") for index in task.unfinished()]
 
+    def reset_caches(self) -> None:
+        """Forgets the beginnings of prompts and the encoded images: after a change of the weights they are the old ones'. Raises
+        ValueError while requests are under way."""
+        if self._tasks:
+            raise ValueError(
+                f"{len(self._tasks)} requests are under way and read the caches; let them end or cancel them before a reset."
+            )
+        self.blocks.forget_all()
+        self.encoder.forget_all()
+
     # ---- what comes back
 
     @property

@@ -176,7 +176,7 @@ class Kernels:
     def _look(self) -> None:
         """Takes down where the weights lie, which changes when somebody puts others in their place."""
         weights = _weights(self.model)[:-1]
-        where = [weight.data_ptr() for weight, _ in weights]
+        where = [0 if x is None else x.data_ptr() for pair in weights for x in pair]
         if where == self._seen:
             return
         text, cache = self.model.config.text, self.cache

@@ -1,10 +1,12 @@
 """Weights as a CPU likes them for answering: in oneDNN's order, or in whole numbers of 8 bits; made once instead of at every call."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from qvl.core.log import say_once
 from qvl.engine import kernels
@@ -117,6 +119,50 @@ def refresh(model: Qwen3VL) -> None:
         prepare(model, weights="int8")
     elif model.packed_head is not None:
         prepare(model, pack=True)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def sync_weights(model: Qwen3VL, weights: Mapping[str, Tensor]) -> None:
+    """Copy the weights of a model in training (its `named_parameters`) into this one, which answers with them from the next step on.
+
+    This model keeps its dtype, its device and the form of its weights: what is packed or rounded is so anew, and what `prepare` freed
+    stays freed. Sharded tensors are gathered one at a time, which is a collective: every rank must call. Raises ValueError before
+    anything is changed where names or shapes differ.
+    """
+    own = dict(model.named_parameters())
+    if own.keys() != weights.keys():
+        name = min(own.keys() ^ weights.keys())
+        raise ValueError(
+            f"the weights that came and the model's differ by {name}; expected the same model, with an adapter merged first."
+        )
+    for name, parameter in own.items():
+        if parameter.shape != weights[name].shape:
+            raise ValueError(
+                f"{name} came with shape {tuple(weights[name].shape)}, and the model's is {tuple(parameter.shape)}."
+            )
+    for name, parameter in own.items():
+        given = weights[name]
+        whole = given.full_tensor() if isinstance(given, DTensor) else given
+        if not parameter.is_meta:
+            parameter.copy_(whole)
+            continue
+        linear = model.get_submodule(name.rpartition(".")[0])
+        assert isinstance(linear, Linear) and linear.packed is not None
+        linear.packed = _anew(linear.packed, whole.to(linear.packed.value.device, model.dtype), linear.weight._version)
+    for linear in _linears(model):
+        if linear.packed is not None and not linear.weight.is_meta:
+            linear.packed = _anew(linear.packed, linear.weight, linear.weight._version)
+    if model.packed_head is not None:
+        if model.config.tie_word_embeddings:
+            model.packed_head = _anew(model.packed_head, model.head_weight, model.head_weight._version)
+        else:
+            model.packed_head = model.lm_head.packed  # type: ignore[assignment]
+
+
+def _anew(before: PackedWeight, weight: Tensor, version: int) -> PackedWeight:
+    """The weight in the form of the one before."""
+    return replace(rounded(weight) if isinstance(before, RoundedWeight) else packed(weight), version=version)
 
 
 def drop(model: Qwen3VL) -> None:

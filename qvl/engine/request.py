@@ -1,5 +1,6 @@
 """What is asked of the engine and what comes back: requests, thoughts with a budget, grammars, events."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -130,20 +131,43 @@ def rows_of_visuals(request: Request, config: ModelConfig) -> tuple[int, ...]:
     if not rows and len(keys) == num_rows:
         rows = (1,) * num_rows
     if not rows:
-        # Neighbouring slices of one size are one video; where that gives as many visuals as keys, no two of them were one.
-        is_video = [id == config.video_token_id for id in sample.token_T.tolist() if id in _placeholders(config)]
-        grids, first = sample.grid_I3.tolist(), 0
-        kinds = []
-        for number, (frames, height, width) in enumerate(grids):
-            video = is_video[first]
-            kinds.append(("video", height, width) if video else ("image", number, 0))
-            first += frames * height * width // (config.vision.merge_area if config.vision else 4)
-        rows = tuple(len(list(group)) for _, group in groupby(kinds))
+        # Where that gives as many visuals as keys, no two of them were one.
+        rows = _rows_by_size(sample, config)
     if len(rows) != len(keys) or sum(rows) != num_rows:
         raise ValueError(
             f"{len(keys)} media keys came for {num_rows} grids; give media_rows, the number of grids of each visual."
         )
     return rows
+
+
+def visual_keys(sample: Sample, config: ModelConfig) -> tuple[tuple[bytes, ...], tuple[int, ...]]:
+    """(media_keys, media_rows) of a prompt by what its patches say."""
+    if sample.grid_I3 is None or sample.patch_PX is None:
+        return (), ()
+    rows = _rows_by_size(sample, config)
+    counts, keys, row, patch = sample.grid_I3.prod(1).tolist(), [], 0, 0
+    for number in rows:
+        end = patch + sum(counts[row : row + number])
+        patches = sample.patch_PX[patch:end]
+        shapes = (sample.grid_I3[row : row + number].tolist(), tuple(patches.shape), str(patches.dtype))
+        digest = hashlib.blake2b(repr(shapes).encode(), digest_size=32)
+        digest.update(patches.contiguous().numpy().data)
+        keys.append(digest.digest())
+        row, patch = row + number, end
+    return tuple(keys), rows
+
+
+def _rows_by_size(sample: Sample, config: ModelConfig) -> tuple[int, ...]:
+    """Neighbouring slices of one size are one video."""
+    assert sample.grid_I3 is not None
+    is_video = [id == config.video_token_id for id in sample.token_T.tolist() if id in _placeholders(config)]
+    grids, first = sample.grid_I3.tolist(), 0
+    kinds = []
+    for number, (frames, height, width) in enumerate(grids):
+        video = is_video[first]
+        kinds.append(("video", height, width) if video else ("image", number, 0))
+        first += frames * height * width // (config.vision.merge_area if config.vision else 4)
+    return tuple(len(list(group)) for _, group in groupby(kinds))
 
 
 def _placeholders(config: ModelConfig) -> set[int | None]:

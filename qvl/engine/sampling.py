@@ -130,6 +130,8 @@ class Draw:
     logprob: float
     """Of the model's own distribution, before penalties and temperature."""
     top: tuple[tuple[int, float], ...]
+    is_forced: bool = False
+    """Put there by a rule (the end of a thought whose budget is used up) and not sampled: no policy is trained on it."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ class Sampler:
             self.count_V[token] += 1
         likeliest = logprob_V.topk(self.sampling.num_logprobs)
         top = tuple(zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True))
-        return Draw(token, float(logprob_V[token]), top)
+        return Draw(token, float(logprob_V[token]), top, is_forced=forced is not None)
 
     def _penalised(self, logits_V: Tensor) -> Tensor:
         s = self.sampling

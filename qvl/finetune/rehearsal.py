@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -10,13 +10,13 @@ from qvl.core.batch import Sample
 from qvl.core.log import log
 from qvl.data.order import key_of
 from qvl.data.record import Record
-from qvl.engine.generate import Generation, generate
+from qvl.engine.generate import Generation
 from qvl.engine.prepare import drop, prepare
 from qvl.engine.sampling import Sampling
 from qvl.model.qwen3vl import Qwen3VL
 from qvl.prompt.message import Message, Text
 from qvl.prompt.processor import Processor
-from qvl.prompt.tokenizer import Tokenizer
+from qvl.session import Session
 
 AT_ONCE = 32
 """Answers that are written in one batch."""
@@ -57,17 +57,20 @@ def rehearse(
     model.eval()
     prepare(model)
     try:
-        records = [*_texts(model, processor, texts, room, seed), *_chats(model, processor, chats, room, seed)]
+        ends = frozenset(processor.tokenizer.control_id(name) for name in ("<|im_end|>", "<|endoftext|>"))
+        session = Session(
+            model=model, processor=processor, sampling=Sampling(top_k=TAIL), end_tokens=ends, skips_special=True
+        )
+        records = [*_texts(session, texts, room, seed), *_chats(session, chats, room, seed)]
     finally:
         drop(model)
         model.train(was_training)
     return records
 
 
-def _texts(model: Qwen3VL, processor: Processor, numbers: Sequence[int], room: Room, seed: int) -> Iterator[Record]:
-    tokenizer = processor.tokenizer
-    start = Sample(token_T=torch.tensor([tokenizer.control_id("<|endoftext|>")]))
-    for number, got in _written(model, tokenizer, [(n, start) for n in numbers], room.text, key=(seed, "text")):
+def _texts(session: Session, numbers: Sequence[int], room: Room, seed: int) -> Iterator[Record]:
+    start = Sample(token_T=torch.tensor([session.processor.tokenizer.control_id("<|endoftext|>")]))
+    for number, got in _written(session, [(n, start) for n in numbers], room.text, key=(seed, "text")):
         # One that did not end is cut after its last whole sentence: what is learned ends with <|endoftext|>.
         text = got.text.strip() if got.finish == "stop" else whole_sentences(got.text.strip())
         if text:
@@ -80,13 +83,13 @@ def _texts(model: Qwen3VL, processor: Processor, numbers: Sequence[int], room: R
             )
 
 
-def _chats(model: Qwen3VL, processor: Processor, numbers: Sequence[int], room: Room, seed: int) -> Iterator[Record]:
-    tokenizer = processor.tokenizer
+def _chats(session: Session, numbers: Sequence[int], room: Room, seed: int) -> Iterator[Record]:
+    processor, tokenizer = session.processor, session.processor.tokenizer
     start = Sample(token_T=torch.tensor([tokenizer.control_id("<|im_start|>"), *tokenizer.encode_text("user\n")]))
-    asked = _written(model, tokenizer, [(n, start) for n in numbers], room.question, key=(seed, "question"))
+    asked = _written(session, [(n, start) for n in numbers], room.question, key=(seed, "question"))
     questions = {number: text for number, got in asked if (text := got.text.strip())}
     prompts = [(n, processor([Message("user", (Text(text),))]).sample) for n, text in questions.items()]
-    for number, got in _written(model, tokenizer, prompts, room.answer, key=(seed, "answer")):
+    for number, got in _written(session, prompts, room.answer, key=(seed, "answer")):
         if got.finish != "stop":
             continue  # taught as it stands, it would teach to stop in the middle
         answer = processor.parse_answer(got.tokens)
@@ -104,26 +107,18 @@ def _chats(model: Qwen3VL, processor: Processor, numbers: Sequence[int], room: R
 
 
 def _written(
-    model: Qwen3VL,
-    tokenizer: Tokenizer,
+    session: Session,
     prompts: Sequence[tuple[int, Sample]],
     max_tokens: int,
     *,
     key: tuple[object, ...],
 ) -> Iterator[tuple[int, Generation]]:
     """(number, what the model wrote after the prompt); what number n gives follows from the key and n."""
-    ends = frozenset(tokenizer.control_id(name) for name in ("<|im_end|>", "<|endoftext|>"))
     for low in range(0, len(prompts), AT_ONCE):
         part = prompts[low : low + AT_ONCE]
         log.info("the model writes its replay: %s, %d of %d", key[-1], low + len(part), len(prompts))
-        sampling = [Sampling(max_tokens=max_tokens, top_k=TAIL, seed=key_of(*key, n) >> 2) for n, _ in part]
-        made = generate(
-            model,
-            [sample for _, sample in part],
-            sampling,
-            end_tokens=ends,
-            text_stream=lambda: tokenizer.stream(skip_special=True),
-        )
+        sampling = [replace(session.sampling, max_tokens=max_tokens, seed=key_of(*key, n) >> 2) for n, _ in part]
+        made = session.generate([sample for _, sample in part], sampling)
         yield from zip((n for n, _ in part), made, strict=True)
 
 

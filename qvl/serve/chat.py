@@ -23,6 +23,7 @@ from qvl.serve.protocol import (
     TokenizeRequest,
     Tool,
 )
+from qvl.session import thinking_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,16 +202,10 @@ class Cook:
         return sampling
 
     def _thinking(self, asked: ChatRequest) -> ThinkingBudget | None:
-        tokenizer = self.served.processor.tokenizer
-        if not (tokenizer.has_control("<think>") and tokenizer.has_control("</think>")):
-            if asked.thinking_budget is not None:
-                raise Refusal(400, "This model has no thoughts; leave out thinking_budget.", param="thinking_budget")
-            return None
-        return ThinkingBudget(
-            open=tokenizer.control_id("<think>"),
-            close=tokenizer.control_id("</think>"),
-            max_tokens=asked.thinking_budget,
-        )
+        thinking = thinking_of(self.served.processor, asked.thinking_budget)
+        if thinking is None and asked.thinking_budget is not None:
+            raise Refusal(400, "This model has no thoughts; leave out thinking_budget.", param="thinking_budget")
+        return thinking
 
     def _grammar(self, asked: ChatRequest) -> Grammar | None:
         form, choice = asked.response_format, asked.tool_choice
