@@ -11,7 +11,7 @@ from qvl.parallel.data_parallel import join_world, leave_world
 from qvl.train.loop import fit
 from qvl.train.objective import NextToken
 from qvl.train.watch import export_every
-from test_train import Drawn, Pack, settings, small
+from test_train import Drawn, Pack, Taught, settings, small
 
 
 class Share(Drawn):
@@ -34,9 +34,11 @@ def main(
     watch_every: int = 0,
     replicates: int = 0,
     is_muon: int = 0,
+    is_taught: int = 0,
 ) -> None:
     """`is_checkpointed`: activations are made again in the backward pass. `watch_every`: steps between exports.
-    `replicates`: each rank holds the whole model. `is_muon`: its matrices learn by Muon."""
+    `replicates`: each rank holds the whole model. `is_muon`: its matrices learn by Muon. `is_taught`: it learns
+    from a frozen teacher, which sees its images too."""
     torch.set_num_threads(1)
     world = join_world(torch.device("cpu"), replicates=bool(replicates))
     model = new_model(small(), seed=world.rank if world.replicates else 0)
@@ -52,8 +54,12 @@ def main(
     watchers = []
     if watch_every:
         watchers = [export_every(watch_every, model, out, world)]
+    see_always = world.size > 1 and not world.replicates
+    objective = NextToken(model, see_always=see_always)
+    if is_taught:
+        objective = Taught(model, new_model(small(), seed=9), see_always=see_always)
     fit(
-        NextToken(model, see_always=world.size > 1 and not world.replicates),
+        objective,
         stream,
         config,
         out,

@@ -17,10 +17,23 @@ from qvl.train.optimizer import shared_out
 HERE = Path(__file__).parent
 
 
-def run(out: Path, ranks: int, steps: int, *, replicates: bool = False, muon: bool = False, every: int = 0) -> None:
+def run(
+    out: Path,
+    ranks: int,
+    steps: int,
+    *,
+    replicates: bool = False,
+    muon: bool = False,
+    every: int = 0,
+    taught: bool = False,
+) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     done = subprocess.run(
-        [*command, str(HERE / "ranks.py"), *map(str, (out, steps, every, 0, 0, int(replicates), int(muon)))],
+        [
+            *command,
+            str(HERE / "ranks.py"),
+            *map(str, (out, steps, every, 0, 0, int(replicates), int(muon), int(taught))),
+        ],
         cwd=HERE,
         capture_output=True,
         text=True,
@@ -50,6 +63,21 @@ def test_the_weights_after_three_sharded_steps_are_those_of_one_rank(outcomes: t
     one, two = (newest(out) for out in outcomes)
     assert one is not None
     assert two is not None
+    for name, weight in one.weights.items():
+        torch.testing.assert_close(two.weights[name], weight, atol=2e-5, rtol=1e-4, msg=name)
+
+
+def test_a_frozen_teacher_that_sees_is_sharded_and_no_rank_waits_for_an_image(tmp_path: Path) -> None:
+    """The second rank never sees an image, and its teacher has a vision encoder as its student has."""
+    logs = []
+    for ranks in (1, 2):
+        run(tmp_path / str(ranks), ranks, 2, taught=True)
+        logs.append(read_jsonl(tmp_path / str(ranks) / "log.jsonl"))
+    for name, rel in (("loss", 1e-6), ("grad_norm", 1e-4)):
+        assert [row[name] for row in logs[1]] == pytest.approx([row[name] for row in logs[0]], rel=rel)
+    assert logs[0][0]["loss"] != logs[0][1]["loss"]
+    one, two = newest(tmp_path / "1"), newest(tmp_path / "2")
+    assert one is not None and two is not None
     for name, weight in one.weights.items():
         torch.testing.assert_close(two.weights[name], weight, atol=2e-5, rtol=1e-4, msg=name)
 

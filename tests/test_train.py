@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from qvl.core.batch import Batch, Sample
 from qvl.core.log import read_jsonl
 from qvl.model.config import ModelConfig, preset
+from qvl.model.layers import PLAIN_BLOCKS, Blocks
 from qvl.model.lora import LoraConfig, add_adapter
 from qvl.model.pack import pack
 from qvl.model.qwen3vl import Qwen3VL, new_model
@@ -20,9 +21,10 @@ from qvl.parallel.data_parallel import World
 from qvl.train.checkpoint import FROZEN, newest, read_run
 from qvl.train.guard import SpikeGuard
 from qvl.train.loop import LoopConfig, fit
-from qvl.train.objective import NextToken
+from qvl.train.objective import NextToken, Outcome, Prepared, by_category, hidden_states
 from qvl.train.optimizer import Optimizer, OptimizerConfig
 from qvl.train.parameters import Rates, freeze, groups, part_of
+from qvl.train.row_loss import divergence_loss
 from qvl.train.schedule import Schedule
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -405,11 +407,26 @@ def test_ranks_that_find_other_checkpoints_do_not_start(tmp_path: Path, monkeypa
 
 
 class Taught(NextToken):
-    """Next-token prediction with a teacher beside it, which only looks on."""
+    """A student's divergence from a teacher, which is a frozen helper with a vision encoder of its own."""
 
-    def __init__(self, model: Qwen3VL, teacher: Qwen3VL) -> None:
-        super().__init__(model)
+    def __init__(self, model: Qwen3VL, teacher: Qwen3VL, *, see_always: bool = False) -> None:
+        super().__init__(model, see_always=see_always)
         self.teacher, self.helpers = teacher, ("teacher",)
+
+    def forward(self, prepared: Prepared, denominator: float, world: World, blocks: Blocks = PLAIN_BLOCKS) -> Outcome:
+        batch, aim = prepared.micro.batch, prepared.targets
+        assert aim is not None
+        hidden_TD, idle = hidden_states(self.model, batch, see_always=self.see_always, blocks=blocks)
+        with torch.no_grad():
+            told_TD, _ = hidden_states(self.teacher, batch, see_always=self.see_always, blocks=PLAIN_BLOCKS)
+        row_R = aim.row_R
+        heads = self.model.head_weight, self.teacher.head_weight
+        loss, each_R = divergence_loss(
+            hidden_TD[row_R], heads[0], told_TD[row_R], heads[1], aim.weight_R / denominator, beta=0.5
+        )
+        return Outcome(
+            loss if idle is None else loss + idle, by_category(each_R, aim.sequence_R, prepared.micro.categories)
+        )
 
 
 def test_a_frozen_helper_is_neither_trained_nor_saved_nor_asked_for_at_a_resume(tmp_path: Path) -> None:
@@ -423,6 +440,24 @@ def test_a_frozen_helper_is_neither_trained_nor_saved_nor_asked_for_at_a_resume(
     assert fit(again, Drawn(small()), config, tmp_path, ALONE) == 4
     assert not again.teacher.training
     assert all(torch.equal(p, before[name]) for name, p in again.teacher.named_parameters())
+
+
+def test_what_makes_the_hidden_states_may_be_handed_in(tmp_path: Path) -> None:
+    """Here the model itself, counted; its losses and weights are those of a run without."""
+    calls: list[int] = []
+    model, other = new_model(small()), new_model(small())
+
+    def forward(batch: Batch, **more: Any) -> torch.Tensor:
+        calls.append(batch.num_tokens)
+        return model(batch, **more)
+
+    config = LoopConfig(steps=2, optimizer=OptimizerConfig(lr=1e-3))
+    fit(NextToken(model, forward=forward), Drawn(small()), config, tmp_path / "handed", ALONE)
+    fit(NextToken(other), Drawn(small()), config, tmp_path / "own", ALONE)
+    assert len(calls) == 2 * len(Drawn(small()).next_step())
+    logs = [[row["loss"] for row in read_jsonl(tmp_path / name / "log.jsonl")] for name in ("handed", "own")]
+    assert logs[0] == logs[1]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
 def test_what_is_frozen_is_written_once(tmp_path: Path) -> None:

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from qvl.core.batch import Batch
 from qvl.model.flops import forward_flops
-from qvl.model.layers import PLAIN_BLOCKS, Blocks, RunBlock
+from qvl.model.layers import PLAIN_BLOCKS, Blocks
 from qvl.model.moe import RouterStats, load_balancing_loss
 from qvl.model.qwen3vl import Qwen3VL
 from qvl.model.vision import VisualFeatures
@@ -58,7 +58,8 @@ class Objective(Protocol):
     model: Qwen3VL
     """What is trained, as far as the rates of its parts say."""
     helpers: tuple[str, ...]
-    """Names of its modules that are frozen helpers, a teacher or a reference: sharded like the rest, neither trained nor saved."""
+    """Names of its modules that are frozen helpers, a teacher or a reference: sharded like the rest, neither trained nor saved. One with
+    a vision encoder is run by `hidden_states` with `see_always`, as the model itself is."""
 
     def prepare(self, micro: Micro) -> Prepared:
         """Looks at a pack before the first forward of its step."""
@@ -86,18 +87,14 @@ class NextToken(nn.Module):
         loss_kernel: LossKernel = "ours",
         forward: Forward | None = None,
     ) -> None:
-        """`forward` makes the hidden states in the model's place; None: the model does.
-
-        `see_always`: run the tower on one black patch block where a pack has no picture, weight zero, so that sharded ranks never wait for
-        each other (transformers#37186 and many more hang there).
-        """
+        """`forward` makes the hidden states in the model's place; None: the model does. `see_always`: for sharded ranks (hidden_states)."""
         super().__init__()
         self.model, self.power, self.see_always = model, power, see_always
         self.kind: Denominator = denominator
         if loss_kernel == "liger":
             check_liger(model.device)
         self.cross_entropy = LOSS_KERNELS[loss_kernel]
-        self._hidden = forward or model.__call__
+        self._forward = forward
         self.helpers: tuple[str, ...] = ()
 
     def prepare(self, micro: Micro) -> Prepared:
@@ -110,8 +107,9 @@ class NextToken(nn.Module):
         device = self.model.head_weight.device
         batch, moved = micro.batch.to(device), aim.to(device)
         router: list[RouterStats] = []
-        idle = self._black(blocks.vision) if self.see_always and batch.patch_PX is None else None
-        hidden_TD = self._hidden(batch, router_out=router, blocks=blocks)
+        hidden_TD, idle = hidden_states(
+            self.model, batch, see_always=self.see_always, forward=self._forward, blocks=blocks, router_out=router
+        )
         loss, nll_R = self.cross_entropy(
             hidden_TD[moved.row_R], self.model.head_weight, moved.label_R, moved.weight_R / denominator
         )
@@ -125,21 +123,33 @@ class NextToken(nn.Module):
             sums["balance_loss"] = (balance.detach(), 1.0)
             sums |= _router_load(router)
         if idle is not None:
-            loss = loss + idle * 0.0
+            loss = loss + idle
         flops = forward_flops(
             self.model.config, micro.batch.lengths, micro.batch.frame_lengths, num_logits=len(aim.row_R)
         )
         return Outcome(loss, sums, flops.training)
 
-    def _black(self, run_block: RunBlock) -> Tensor:
-        """Zero-weight sum of the features of one merge block, DeepStack included."""
-        vision = self.model.config.vision
+
+def hidden_states(
+    model: Qwen3VL, batch: Batch, *, see_always: bool, forward: Forward | None = None, blocks: Blocks, **more: Any
+) -> tuple[Tensor, Tensor | None]:
+    """(hidden_TD, what to add to the loss): one forward of a model of an objective, its own or a frozen helper.
+
+    `see_always`: where the batch has no image, the vision encoder runs on one black merge block, and the second value is a zero that holds
+    its gradient. Sharded ranks gather a block's weights together, so one that skips the encoder leaves the others waiting for ever
+    (transformers#37186 and many more hang there); this goes for every model that a forward runs, with gradient or without.
+    """
+    idle = None
+    if see_always and batch.patch_PX is None:
+        vision = model.config.vision
         assert vision is not None
-        device, side = self.model.head_weight.device, vision.spatial_merge_size
+        device, side = model.head_weight.device, vision.spatial_merge_size
         patch_PX = torch.zeros(side * side, vision.patch_numbers, device=device)
         grid_I3 = torch.tensor([[1, side, side]], device=device)
-        features: VisualFeatures = self.model.visual(patch_PX, grid_I3, (side * side,), run_block=run_block)
-        return features.merged_MD.float().sum() + sum(level.float().sum() for level in features.deepstack)
+        features: VisualFeatures = model.visual(patch_PX, grid_I3, (side * side,), run_block=blocks.vision)
+        idle = features.merged_MD.float().sum() + sum(level.float().sum() for level in features.deepstack)
+        idle = idle * 0.0
+    return (forward or model.__call__)(batch, blocks=blocks, **more), idle
 
 
 def _router_load(router: Sequence[RouterStats]) -> dict[str, tuple[Tensor | float, float]]:
