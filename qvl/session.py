@@ -197,6 +197,14 @@ class Session:
             raise ValueError(f"there is no sampling setting {unknown!r}{did_you_mean(unknown, known)}.")
         return replace(self.sampling, **given)
 
+    @cached_property
+    def thinking(self) -> ThinkingBudget | None:
+        """How a thought is marked, without a budget; None where the vocabulary has no marks."""
+        tokenizer = self.processor.tokenizer
+        if not (tokenizer.has_control("<think>") and tokenizer.has_control("</think>")):
+            return None
+        return ThinkingBudget(open=tokenizer.control_id("<think>"), close=tokenizer.control_id("</think>"))
+
     # ---- weights
 
     def sync_weights(self, model: Qwen3VL) -> None:
@@ -231,8 +239,10 @@ class Session:
     ) -> list[Generation]:
         """All answers to prompts that are ids and patches already; the n of a prompt stand together."""
         thinking = None
-        if thinking_budget is not None and (thinking := thinking_of(self.processor, thinking_budget)) is None:
-            raise ValueError("this model has no thoughts; leave out thinking_budget.")
+        if thinking_budget is not None:
+            if self.thinking is None:
+                raise ValueError("this model has no thoughts; leave out thinking_budget.")
+            thinking = replace(self.thinking, max_tokens=thinking_budget)
         return self.engine.generate(samples, sampling or self.sampling, n=n, thinking=thinking)
 
     def events(
@@ -259,16 +269,6 @@ class Session:
         if sampling.stop:
             return parse_answer(text, starts_in_thought=self.processor.starts_in_thought)
         return self.processor.parse_answer(tokens)
-
-
-def thinking_of(processor: Processor, max_tokens: int | None) -> ThinkingBudget | None:
-    """How thoughts are marked, and their budget; None where the vocabulary has no marks."""
-    tokenizer = processor.tokenizer
-    if not (tokenizer.has_control("<think>") and tokenizer.has_control("</think>")):
-        return None
-    return ThinkingBudget(
-        open=tokenizer.control_id("<think>"), close=tokenizer.control_id("</think>"), max_tokens=max_tokens
-    )
 
 
 def preset_sampling(preset: Preset, folder: Path, model: Qwen3VL, processor: Processor) -> Sampling:

@@ -90,6 +90,7 @@ def reply_to(style: Style, n: int, tools: bool) -> Reply:
         processor=processor(style),
         sampling=Sampling(),
         end_tokens=frozenset({END}),
+        thinking=None,
         max_context=1000,
         vocab_size=151936,
     )

@@ -6,8 +6,8 @@ import pytest
 
 from dev.walk import Walk, walks
 
-MAX_PASSED = {"request": (37, 29), "row": (22, 17), "pixel": (37, 16)}
-"""Name -> modules, forms. What is aimed at is 20 and 8 for each."""
+MAX_PASSED = {"request": (37, 30), "row": (23, 17), "pixel": (38, 18)}
+"""Name -> modules, forms. What is aimed at is 20 and 8 for each. One of the modules is the media loader's file, which all three share."""
 
 
 @pytest.fixture(scope="module")

@@ -156,6 +156,7 @@ def build(
         processor=processor,
         sampling=base_sampling(args, session),
         end_tokens=session.end_tokens,
+        thinking=session.thinking,
         max_context=min(engine.describe().longest_context for engine in engines.values()),
         vocab_size=model.config.text.vocab_size,
     )

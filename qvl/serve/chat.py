@@ -23,7 +23,6 @@ from qvl.serve.protocol import (
     TokenizeRequest,
     Tool,
 )
-from qvl.session import thinking_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +35,8 @@ class Served:
     sampling: Sampling
     """Holds where a request says nothing."""
     end_tokens: frozenset[int]
+    thinking: ThinkingBudget | None
+    """How thoughts are marked; None where the model has none."""
     max_context: int
     """Tokens of a prompt with its answer."""
     vocab_size: int
@@ -202,10 +203,12 @@ class Cook:
         return sampling
 
     def _thinking(self, asked: ChatRequest) -> ThinkingBudget | None:
-        thinking = thinking_of(self.served.processor, asked.thinking_budget)
-        if thinking is None and asked.thinking_budget is not None:
+        thinking, budget = self.served.thinking, asked.thinking_budget
+        if budget is None:
+            return thinking
+        if thinking is None:
             raise Refusal(400, "This model has no thoughts; leave out thinking_budget.", param="thinking_budget")
-        return thinking
+        return replace(thinking, max_tokens=budget)
 
     def _grammar(self, asked: ChatRequest) -> Grammar | None:
         form, choice = asked.response_format, asked.tool_choice
