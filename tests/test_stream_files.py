@@ -133,7 +133,7 @@ def test_a_run_is_not_resumed_by_another_kind_of_stream(tmp_path: Path, first, s
 
 
 def test_a_killed_save_leaves_nothing_in_the_next_checkpoint(tmp_path: Path) -> None:
-    left = tmp_path / f".{STREAM}.partial"
+    left = tmp_path / f".{STREAM}.staged"
     left.mkdir()
     (left / "half").write_bytes(b"half")
     run(tmp_path, stop_after=2)

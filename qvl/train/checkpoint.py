@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -102,7 +101,7 @@ def save_run(
             save_tensors(moments, new / "optimizer.safetensors")
             (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
             if files is not None:
-                os.rename(files, new / STREAM)
+                shutil.move(files, new / STREAM)
             digests = {str(path.relative_to(new)): _digest(path) for path in sorted(new.rglob("*")) if path.is_file()}
             manifest = {"step": step, "sha256": digests} | ({} if frozen is None else {"frozen": frozen})
             (new / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
@@ -115,7 +114,7 @@ def save_run(
 
 def _stage_files(folder: Path, save_files: Callable[[Path], None], world: World) -> Path:
     """The folder, beside the checkpoints, in which the stream's files of all ranks wait for the checkpoint that they belong to."""
-    aside = folder / f".{STREAM}.partial"
+    aside = folder / f".{STREAM}.staged"
     if world.rank == 0:
         shutil.rmtree(aside, ignore_errors=True)  # of a killed save
         aside.mkdir(parents=True)
