@@ -11,12 +11,12 @@ from data_files import processor, texts, write_shards
 from qvl.data.index import fingerprint, read_index
 from qvl.data.mixture import Mixture, mixture_from_dict
 from qvl.engine.generate import Generation
-from qvl.finetune import rehearsal
 from qvl.finetune.rehearsal import rehearse, whole_sentences
 from qvl.finetune.replay import ReplayChoice, with_replay
 from qvl.model.qwen3vl import Qwen3VL
 from qvl.parallel.data_parallel import World
 from qvl.prompt.processor import Processor
+from qvl.session import Session
 from tune_files import small_model
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -48,7 +48,14 @@ def shares(mixture: Mixture) -> dict[str, float]:
 
 def written(text: str, finish: str, small: Processor) -> Generation:
     ids = small.tokenizer.encode_control(text)
-    return Generation(tokens=tuple(ids), logprobs=(), top_logprobs=(), text=text, finish=finish)  # type: ignore[arg-type]
+    return Generation(
+        tokens=tuple(ids),
+        logprobs=(),
+        top_logprobs=(),
+        is_forced=(),
+        text=text,
+        finish=finish,  # type: ignore[arg-type]
+    )
 
 
 # ---- what the model writes ----------------------------------------------------------------------------------------
@@ -70,11 +77,11 @@ def test_what_the_model_writes_becomes_texts_and_chats(
     )
     prompts = []
 
-    def scripted(model: Qwen3VL, samples: Any, sampling: Any, **more: Any) -> list[Generation]:
+    def scripted(session: Session, samples: Any, sampling: Any) -> list[Generation]:
         prompts.append([small.tokenizer.decode(sample.token_T.tolist()) for sample in samples])
         return next(said)
 
-    monkeypatch.setattr(rehearsal, "generate", scripted)
+    monkeypatch.setattr(Session, "generate", scripted)
     records = rehearse(model, small, [0, 1], [0, 1, 2], pack_tokens=64, seed=0)
 
     assert prompts[:2] == [["<|endoftext|>"] * 2, ["<|im_start|>user\n"] * 3]
@@ -89,7 +96,7 @@ def test_what_the_model_writes_becomes_texts_and_chats(
 def test_a_thought_stays_a_thought(tmp_path: Path, model: Qwen3VL, monkeypatch: pytest.MonkeyPatch) -> None:
     thinking = processor(tmp_path / "thinking", template="thinking")
     said = iter([[written("Two and two?", "stop", thinking)], [written("Add.\n</think>\n\nFour.", "stop", thinking)]])
-    monkeypatch.setattr(rehearsal, "generate", lambda *_, **__: next(said))
+    monkeypatch.setattr(Session, "generate", lambda *_: next(said))
     (record,) = rehearse(model, thinking, [], [0], pack_tokens=64, seed=0)
     assert record.messages[-1] == {"role": "assistant", "content": "Four.", "thinking": "Add."}
 
