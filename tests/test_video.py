@@ -1,5 +1,6 @@
 """Videos: the frames, sizes, times and patches of transformers, real frame counts and rates, and memory that stays flat."""
 
+import gc
 import io
 import math
 import random
@@ -413,6 +414,23 @@ def test_any_damage_gives_a_video_or_a_sentence() -> None:
 
 
 # Memory.
+
+
+def test_decoded_frames_are_let_go_without_waiting_for_the_collector() -> None:
+    """A frame whose side data were looked at lives in a circle: a long video filled the worker's memory so."""
+    film = io.BytesIO()
+    write_video(film, [numbered_frame(i) for i in range(100)], fps="25", codec="ffv1", format="matroska")
+    gc.collect()
+    gc.disable()
+    try:
+        pictures = sum(
+            "height" in header
+            for header, _ in InProcess().run("video_frames", film, wanted=list(range(100)), keys=None)
+        )
+        alive = sum(type(one) is av.VideoFrame for one in gc.get_objects())
+    finally:
+        gc.enable()
+    assert pictures == 100 and alive <= 5
 
 
 @pytest.mark.slow
