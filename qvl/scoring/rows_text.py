@@ -1,7 +1,7 @@
 """Reads the rows of `qvl score` for the scorers of text, choices and statistics: a row's input -> the value to print."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from qvl.scoring import documents, ngrams, statistics
 from qvl.scoring.extract import choice_letter
@@ -118,5 +118,5 @@ def _object(row: Input, key: str) -> Input:
     return value
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
