@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeGuard
 
 from qvl.scoring import documents, ngrams, statistics
-from qvl.scoring.extract import choice_letter
+from qvl.scoring.choices import choice_letter
 from qvl.scoring.numerals import numbers_in
 
 Input = Mapping[str, Any]
