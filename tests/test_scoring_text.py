@@ -332,6 +332,8 @@ INPUTS: dict[str, dict[str, Any]] = {
     "mra": {"answer": "nine", "gold": 10},
     "rouge_l": {"answer": "a b", "gold": "a c"},
     "cider": {"answers": {"x": "a b", "y": "c"}, "golds": {"x": ["a b"], "y": ["d"]}},
+    "repetition": {"answer": "the cat " * 20},
+    "language_mix": {"answer": "First we \u8ba1\u7b97 the area, \u7136\u540e add.", "prompt_language": "en"},
     "pass_at_k": {"samples": 10, "correct": 3, "k": 1},
     "standard_error": {"values": [0, 1, 1, 0], "clusters": ["a", "a", "b", "b"]},
 }
@@ -345,6 +347,8 @@ VALUES: dict[str, Any] = {
     "mra": 0.8,
     "rouge_l": 0.5,
     "cider": {"mean": 2.5, "each": {"x": 5.0, "y": 0.0}},
+    "repetition": True,
+    "language_mix": True,
     "pass_at_k": {"pass_at_k": 0.3, "pass_hat_k": 0.3},
     "standard_error": {"mean": 0.5, "stderr": math.sqrt(1 / 3) / 2, "clustered_stderr": 0.0},
 }

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, TypeGuard
 
-from qvl.scoring import documents, ngrams, statistics
+from qvl.scoring import documents, ngrams, quality, statistics
 from qvl.scoring.choices import choice_letter
 from qvl.scoring.numerals import numbers_in
 
@@ -69,6 +69,8 @@ ROWS: dict[str, Callable[[Input], Any]] = {
     "mra": _mra,
     "rouge_l": lambda row: ngrams.rouge_l(_text(row, "answer"), _text(row, "gold")),
     "cider": _cider,
+    "repetition": lambda row: quality.repetition(_text(row, "answer")),
+    "language_mix": lambda row: quality.language_mix(_text(row, "answer"), _text(row, "prompt_language")),
     "pass_at_k": _pass_at_k,
     "standard_error": _standard_error,
 }
