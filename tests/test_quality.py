@@ -12,6 +12,10 @@ from qvl.scoring.quality import has_one_box, is_json, keeps_thought_form, langua
 ROOT = Path(__file__).resolve().parent.parent
 
 REPETITIONS = [
+    ("1 2 3 " * 30, True),
+    ("\n".join(f"{i}. The cat is black." for i in range(1, 8)), True),
+    ("1. the red car\n2. the blue car\n3. a dog\n4. a tree\n5. the sky\n6. one house", False),
+    ("- yes\n- no\n- yes\n- yes\n- no\n", False),
     ("the cat " * 20, True),
     ("I see a dog. " * 10, True),
     ("The cat sat on the mat. " * 3, True),
@@ -189,6 +193,22 @@ LANGUAGES = [
     ("Réponse : le chat est noir", "fr", False),
     ("Die Antwort ist 42.", "de", False),
     ("Le chat 坐在 le tapis 因为 il est fatigué.", "fr", True),
+    ("The color is 红色.", "en", True),
+    ("The image shows 一只猫 on the mat.", "en", True),
+    ("Kyoto 京都 is a city.", "en", False),
+    ("猫 means cat.", "en", False),
+    ("使用 for 循环和 if 语句。", "zh", False),
+    ("他喜欢 Game of Thrones 和 Lord of the Rings。", "zh", False),
+    ("It is red.", "zh", True),
+    ("Yes.", "zh", False),
+    ("cat", "zh", False),
+    ("Ответ because кошка.", "ru", True),
+    ("因此 we 可以得到答案。", "zh", True),
+    ("北京", "en", False),
+    ("The name is 北京.", "en", False),
+    ("答案是 yes 或 no。", "zh", False),
+    ("이 차는 red 색입니다.", "ko", False),
+    ("这是 the 猫。", "zh", True),
     ("Câu trả lời là đúng.", "vi", False),
 ]
 

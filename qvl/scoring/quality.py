@@ -15,7 +15,7 @@ MIN_LOOP = 18
 MIN_COPIES_SHORT = 8
 """Of at most three words without a mark between: "the cat the cat ..."."""
 MIN_LOOP_OF_CELLS, MIN_LOOP_OF_SYMBOLS, MIN_LOOP_OF_MARKS = 60, 40, 200
-"""Equal cells of a table, emoji, and digits, rules or markup repeat in sound answers too."""
+"""Equal cells of a table or numbers, emoji, and one digit, rules or markup repeat in sound answers too."""
 MIN_LOOP_OF_LETTERS = 40
 """Characters of one unbroken word, "hahaha..."."""
 MAX_PERIOD = 1000
@@ -26,10 +26,11 @@ WINDOW, MIN_REPEATED_SHARE, MIN_TOKENS = 20, 0.5, 120
 def repetition(answer: str) -> bool:
     """Whether the answer, its thought counted, runs in a loop: the same words at least three times on end, or half of it said before.
 
-    Tokens are words, single Chinese and Japanese characters, and marks. Of text longer than 100,000 characters the end is read, where a
-    loop is. With the limits above 3 of 2,212 pieces of 4,000 characters (prose, Python, JSON) are found: code that does say a line thrice.
+    Tokens are words, single Chinese and Japanese characters, and marks; the numbers of a list's items are none. Of text longer than
+    100,000 characters the end is read, where a loop is. With the limits above 3 of 2,212 pieces of 4,000 characters (prose, Python, JSON)
+    are found: code that does say a line thrice.
     """
-    tokens = _TOKEN.findall(answer[-LONGEST:])
+    tokens = _TOKEN.findall(_NUMBERING.sub("", answer[-LONGEST:]))
     if any(len(token) >= MIN_LOOP_OF_LETTERS and _is_looping_word(token) for token in tokens):
         return True
     number: dict[str, int] = {}
@@ -43,12 +44,15 @@ def repetition(answer: str) -> bool:
 
 _SINGLE = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 """Scripts without spaces between words."""
+_NUMBERING = re.compile(r"^[ \t]{0,20}(?:\d{1,4}[.)]|[-*])[ \t]{1,8}", re.MULTILINE)
 _TOKEN = re.compile(rf"</?[A-Za-z][^<>]{{0,200}}>|[{_SINGLE}]|[^\W{_SINGLE}]+|[^\w\s]")
 
 
 def _tokens_of_a_loop(segment: Sequence[str]) -> int:
     """How many tokens copies of the segment must cover to be a loop."""
     if not any(map(_has_letters, segment)):
+        if len({token for token in segment if token.isdigit()}) > 1:
+            return MIN_LOOP_OF_CELLS
         return MIN_LOOP_OF_MARKS if all(token.isascii() for token in segment) else MIN_LOOP_OF_SYMBOLS
     if "|" in segment or "&" in segment:
         return MIN_LOOP_OF_CELLS
@@ -139,8 +143,6 @@ MIN_FUNCTION_WORDS = 2
 """English words of no meaning of their own ("the", "so") in an answer of another script."""
 MAX_FOREIGN_CHARACTERS = 12
 """Chinese or Japanese on end that may be a name or what a sign says."""
-MAX_FOREIGN_RUNS = 1
-"""Of those, in an answer of another script, where no word like "reads" stands before."""
 
 
 def language_mix(answer: str, prompt_language: str) -> bool:
@@ -148,8 +150,9 @@ def language_mix(answer: str, prompt_language: str) -> bool:
 
     `prompt_language` is a code (zh, zh-CN, en, ja, ko, ru, ar, ...) or an English name. Code, formulas, addresses, quoted and bracketed
     words are not counted; names, single technical terms and what a sign reads may be foreign. Foreign is: four words of another alphabet
-    on end, two of them without a capital; two English function words; Chinese of more than 12 characters, or twice, or with a function
-    word (的, 是, 因为); kana outside Japanese but a lone の; a Chinese sentence in Japanese. ValueError for a language that is not known.
+    on end, two of them without a capital; two English function words outside of a title, or one alone that no code has ("because");
+    Chinese that no "reads", "means" or name stands beside, or of more than 12 characters, or with a function word (的, 是, 因为); kana
+    outside Japanese but a lone の; a Chinese sentence in Japanese. ValueError for a language that is not known.
     """
     own = _scripts_of(prompt_language)
     text = unicodedata.normalize("NFC", answer[-LONGEST:])
@@ -189,10 +192,13 @@ _NOT_COUNTED = [
         r"\b\w{0,40}(?:[_=]|\w\.\w|\d)[\w.=()]{0,80}",
     )
 ]
-_FUNCTION_WORDS = re.compile(
-    r"\b(?:the|is|are|was|were|and|or|but|so|because|therefore|however|thus|then|that|this|these|those|which|we|you|they|it|its|there|of|"
-    r"to|in|on|with|for|from|by|as|at|be|have|has|can|should|will|would|if|not|let|let's|need|also|first|since|an)\b"
+_FUNCTION = (
+    "the is are was were and or but so because therefore however thus then that this these those which we you they it its there of to in "
+    "on with for from by as at be have has can should will would if not let need also first since an"
 )
+_SWITCH = "the are was were but so because therefore however thus that which we you they there should would since"
+_FUNCTION_WORDS, _SWITCH_WORDS = frozenset(_FUNCTION.split()), frozenset(_SWITCH.split())
+"""The second are those that no code has: one alone between words of another script leaves the language."""
 _CHINESE_WORDS = re.compile(
     r"[的是了吗呢吧们这那]|因为|所以|但是|然后|需要|可以|首先|其次|其实|应该|如果|而且|或者|因此|已经|没有|不能|我|你|他|她|它"
 )
@@ -208,30 +214,42 @@ _KANA = re.compile(rf"[{_SCRIPTS['kana']}]+")
 _HAN = re.compile(rf"[{_SCRIPTS['han']}][{_SCRIPTS['han']},:\u3001\u3002\uff0c\uff1a]*")
 _HAN_ONLY = re.compile(rf"[{_SCRIPTS['han']}][{_SCRIPTS['han']}\d,:\u3001\uff0c\uff1a]*")
 _READ_OUT = re.compile(
-    r"\b(?:reads?|says?|said|called|named|writes|written|means?|meaning|signs?|text|title[ds]?|words?|characters?|labell?(?:ed)?|name|"
-    r"as|is|phrases?)[\s:*]{0,4}$|:[\s*]{0,4}$"
+    r"\b(?:(?:reads?|says?|said|called|named|writes|written|means?|meaning|signs?|text|title[ds]?|words?|characters?|labell?(?:ed)?|name|"
+    r"phrases?)(?:\s{1,3}(?:is|as))?|[A-Z]\w{1,30})[\s:*]{0,4}$|:[\s*]{0,4}$"
 )
+_READ_OUT_AFTER = re.compile(r"\s{0,3}(?:\*\*)?\s{0,3}(?:means?|characters?|signs?|translates|stands|refers)\b")
+"""What stands around a foreign word that is spoken about: "the sign reads ...", "... means", "Kyoto ..."."""
 
 
 def _has_phrase(text: str, script: str) -> bool:
     """Of an alphabet: four words on end, or function words, that are no name."""
-    if script == "latin" and len(_FUNCTION_WORDS.findall(text)) >= MIN_FUNCTION_WORDS:
-        return True
+    function_words = 0
     for phrase in _PHRASE[script].findall(text):
         words = [word for word in _WORDS[script].findall(phrase) if len(word) > 1]
-        if len(words) >= MIN_FOREIGN_WORDS and sum(not word[0].isupper() for word in words) >= 2:
+        lower = [word.lower() for word in words]
+        plain = [word for word in words if not word[0].isupper()]
+        if len(words) >= MIN_FOREIGN_WORDS and len(plain) >= 2 and not _FUNCTION_WORDS.issuperset(plain):
             return True
-    return False
+        if len(words) == 1:
+            if lower[0] in _SWITCH_WORDS:
+                return True
+        elif any(
+            word not in _FUNCTION_WORDS and not full[0].isupper() for word, full in zip(lower, words, strict=True)
+        ):
+            function_words += sum(word in _FUNCTION_WORDS for word in lower)
+        elif all(word in _FUNCTION_WORDS for word in lower):  # else a title: "Lord of the Rings"
+            function_words += len(lower)
+    return function_words >= MIN_FUNCTION_WORDS
 
 
 def _has_chinese(text: str) -> bool:
-    loose = 0
     for match in _HAN.finditer(text):
-        run = match[0]
-        if len(run) > MAX_FOREIGN_CHARACTERS or _CHINESE_WORDS.search(run):
+        if len(match[0]) > MAX_FOREIGN_CHARACTERS or _CHINESE_WORDS.search(match[0]):
             return True
-        loose += _READ_OUT.search(text, max(0, match.start() - 30), match.start()) is None
-    return loose > MAX_FOREIGN_RUNS
+        before = _READ_OUT.search(text, max(0, match.start() - 40), match.start())
+        if before is None and _READ_OUT_AFTER.match(text, match.end()) is None and text.strip(" .!") != match[0]:
+            return True
+    return False
 
 
 # ---- form ----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,11 @@ Input = Mapping[str, Any]
 
 def _choice(row: Input) -> str | None:
     letters = list(_text(row, "letters")) if isinstance(row.get("letters"), str) else _texts(row, "letters")
-    options = _texts(row, "options") if row.get("options") else []
+    options = row.get("options") or []
+    if isinstance(options, Mapping):  # of letter to text
+        options = [_text(options, letter) for letter in letters]
+    elif options:
+        options = _texts(row, "options")
     if options and len(options) != len(letters):
         raise ValueError(f"'options' has {len(options)} texts for {len(letters)} letters; give one for each letter.")
     return choice_letter(_text(row, "answer"), letters, options)
