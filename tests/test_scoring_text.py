@@ -32,6 +32,7 @@ from qvl.scoring.statistics import mean_relative_accuracy, pass_rates, standard_
         ("ab", ["ax"], 0.5),  # 0.5 exactly scores
         ("abcde", ["abxyz"], 0.0),  # 0.4 does not
         ("stra\u00dfe", ["STRASSE"], 1 - 2 / 7),
+        ("\uff21\uff22", ["AB"], 0.0),  # full-width letters are others, as in the script
         ("", [""], 1.0),
         ("", ["a"], 0.0),
         ("a", [""], 0.0),
@@ -68,6 +69,7 @@ def test_anls_is_bounded_symmetric_one_for_itself_and_a_gold_more_never_lowers_i
         ("", "abc", 3, 1.0),
         ("abc", "", 3, 1.0),
         ("abc", "ABC", 3, 1.0),  # case counts
+        (" abc\n", "abc", 2, 2 / 5),
         ("a b", "ab", 1, 1 / 3),  # spaces count
         ("\u4e2d\u6587", "\u4e2d\u56fd", 1, 0.5),
         ("<think>x</think>\n\nabc", "abc", 0, 0.0),
@@ -368,6 +370,23 @@ def test_a_row_that_lacks_a_key_or_has_another_type_is_an_error_that_names_it(na
                 ROWS[name]({k: v for k, v in INPUTS[name].items() if k != key})
         with pytest.raises(ValueError, match=f"'{key}' is 'True'; give "):
             ROWS[name]({**INPUTS[name], key: True})
+
+
+def test_options_may_be_given_by_letter_and_must_fit_the_letters() -> None:
+    row = {"answer": "dog", "letters": ["A", "B"], "options": {"B": "dog", "A": "cat"}}
+    assert ROWS["choice"](row) == "B"
+    assert ROWS["choice"]({**row, "options": None, "letters": "AB"}) is None
+    with pytest.raises(ValueError, match="'options' has 1 texts for 2 letters"):
+        ROWS["choice"]({**row, "options": ["dog"]})
+    with pytest.raises(ValueError, match="'A' is missing; give a text"):
+        ROWS["choice"]({**row, "options": {"B": "dog"}})
+
+
+def test_a_gold_number_may_be_a_number_or_its_text() -> None:
+    assert ROWS["mra"]({"answer": "12", "gold": "twelve"}) == ROWS["mra"]({"answer": "12", "gold": 12}) == 1.0
+    assert ROWS["relaxed_pix2struct"]({"answer": "5.1", "gold": 5}) == 1.0
+    with pytest.raises(ValueError, match="'gold' is 'many'; give one finite number"):
+        ROWS["mra"]({"answer": "12", "gold": "many"})
 
 
 PIECES = [

@@ -40,7 +40,8 @@ def edit_distance(answer: str, gold: str) -> EditDistance:
 
     An unclosed thought is an empty answer.
     """
-    said = answer[:LONGEST] if "think>" not in answer else final_text(answer) or ""
+    has_thought = "<think>" in answer or "</think>" in answer
+    said = (final_text(answer) or "") if has_thought else answer[:LONGEST]
     distance = Levenshtein.distance(said, gold)
     return EditDistance(distance=distance, normalised=distance / max(len(said), len(gold), 1))
 
