@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from qvl.prompt.example import Example
 from qvl.prompt.message import user
-from qvl.scoring.extract import choice_letter, final_text, normalised, one_number, short_answer
+from qvl.scoring.choices import choice_letter
+from qvl.scoring.extract import final_text, normalised, one_number, short_answer
 from qvl.scoring.numerals import numbers_in
 from qvl.scoring.places import overlap
 from qvl.scoring.registry import SCORERS, score, score_answers

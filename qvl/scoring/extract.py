@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from qvl.scoring.numerals import numbers_in
 
@@ -70,69 +70,6 @@ def normalised(text: str) -> str:
     text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     text = text.strip(" .,:;!?\"'`*_()[]{}。，“”‘’")  # noqa: RUF001 - full-width marks are meant
     return re.sub(r"^(?:a|an|the) (?=\S)", "", text)
-
-
-# ---- letters ------------------------------------------------------------------------------------------------------
-
-_NAMED = re.compile(
-    r"\b(?:answer|option|choice)\b(?:\s{1,3}is)?\s{0,3}[:=]?\s{0,3}[(\[*\"']{0,4}([A-Za-z])(?![A-Za-z'])(?P<close>[)\]*\"'.]{0,4})"
-    r"(?P<rest>[ \t]{0,3}\w{0,12})",
-    re.IGNORECASE,
-)
-_CHINESE = re.compile(r"(?:答案(?:是|为)?|选(?:择|项)?)\s{0,3}:?\s{0,3}\(?([A-Za-z])(?![A-Za-z])")
-_MARKED = re.compile(
-    r"\(([A-Za-z])\)|\[([A-Za-z])\]|\*\*\(?([A-Za-z])[.):]?\)?\*\*|^[ \t]{0,8}([A-Z])[ \t]?[.):](?=\s|$)", re.MULTILINE
-)
-_BARE = re.compile(r"(?<![A-Za-z'])([A-Z])(?![A-Za-z'])")
-
-
-def choice_letter(text: str, letters: Sequence[str], options: Sequence[str] = ()) -> str | None:
-    r"""The one letter of `letters` that the answer chooses; None when it chooses none, or more than one.
-
-    Looked for in this order, and the first kind that is there decides: a `\boxed{}`; "the answer is B", "option B"; a letter alone, in
-    brackets, bold, or before its option; the words of one of `options`; a capital standing free. A letter before the words of another
-    option is a contradiction.
-    """
-    final = final_text(text)
-    if not final:
-        return None
-    final = unicodedata.normalize("NFKC", final)
-    if "\\boxed" in final:
-        return only(_chosen(content or "", letters, options) for content in boxes_of(final))
-    named = [m[1].upper() for m in _NAMED.finditer(final) if _is_no_article(m[1], "" if m["close"] else m["rest"])]
-    named += [m[1].upper() for m in _CHINESE.finditer(final)]
-    if named:
-        return _known(only(named), letters)
-    return _chosen(final, letters, options)
-
-
-def _chosen(text: str, letters: Sequence[str], options: Sequence[str]) -> str | None:
-    alone = text.strip(" \n.,:;()[]*\"'`")
-    if len(alone) == 1 and alone.isalpha():
-        return _known(alone.upper(), letters)
-    words = [letter for letter, option in zip(letters, options, strict=False) if normalised(option) == normalised(text)]
-    marked = [next(filter(None, m.groups())).upper() for m in _MARKED.finditer(text)]
-    if marked:
-        letter = _known(only(marked), letters)
-        rest = normalised(re.sub(r"^\W*[A-Za-z]\W+", "", text.strip(), count=1))
-        others = [x for x, option in zip(letters, options, strict=False) if normalised(option) == rest and x != letter]
-        return None if others else letter
-    if words:
-        return only(words)
-    bare = [m[1] for m in _BARE.finditer(text) if _is_no_article(m[1], text[m.end() : m.end() + 20])]
-    return _known(only(bare), letters)
-
-
-def _known(letter: str | None, letters: Sequence[str]) -> str | None:
-    return letter if letter is not None and letter in letters else None
-
-
-def _is_no_article(letter: str, rest: str) -> bool:
-    """Whether a letter is a choice, not the word "a" or "I" or the first letter of a lower-case phrase."""
-    word = re.match(r"[ \t]+(\w+)", rest)  # an article stands on the line of its word
-    if letter.isupper() and letter not in "AI":
-        return True
-    return word is None or word[1].lower() in ("is", "because", "since", "as", "and", "or", "but")
 
 
 def _without_text_command(content: str) -> str:

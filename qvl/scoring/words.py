@@ -6,7 +6,8 @@ import unicodedata
 
 from rapidfuzz.distance import Levenshtein
 
-from qvl.scoring.extract import choice_letter, final_text, normalised, one_number, short_answer
+from qvl.scoring.choices import choice_letter
+from qvl.scoring.extract import final_text, normalised, one_number, short_answer
 from qvl.scoring.truth import Truth, golds, needed
 
 
