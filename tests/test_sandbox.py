@@ -363,6 +363,15 @@ def test_a_bubblewrap_that_hangs_is_a_refusal(tmp_path: Path, monkeypatch: pytes
         run("print(1)")
 
 
+def test_namespaces_that_fail_half_way_are_a_refusal_and_no_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = sandbox._namespaces
+    monkeypatch.setattr(sandbox, "_namespaces", lambda limits: (*whole(limits), "--chdir", "/nowhere"))
+    with pytest.raises(
+        SandboxError, match=r"this machine cannot isolate a program, so it was not run \(bwrap: Can't chdir"
+    ):
+        run("print(1)")
+
+
 def test_limits_are_above_zero() -> None:
     with pytest.raises(ValueError, match="seconds is 0; a limit must be above zero"):
         SandboxLimits(seconds=0)

@@ -108,7 +108,7 @@ def run_program(program: str, *, stdin: str = "", limits: SandboxLimits | None =
                     *(("--userns", str(others)) if others is not None else ("--unshare-user", "--disable-userns")),
                     *_namespaces(limits),
                     *(("--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID") if others is not None else ()),
-                    *("--info-fd", str(info_end), "--block-fd", str(block_end)),
+                    *("--json-status-fd", str(info_end), "--block-fd", str(block_end)),
                     *("--perms", "0444", "--ro-bind-data", str(source.fileno()), "/program.py", "--remount-ro", "/"),
                     *(
                         "--",
@@ -131,17 +131,22 @@ def run_program(program: str, *, stdin: str = "", limits: SandboxLimits | None =
         try:
             first = _first_process(outer, told)
             pidfd = os.pidfd_open(first)
-        except (OSError, ValueError) as error:
+            stack.callback(os.close, pidfd)
+            stack.callback(_end, pidfd)
+            _limit(first, limits)
+        except (OSError, ValueError, KeyError) as error:
             raise _refusal(outer) from error
-        stack.callback(os.close, pidfd)
-        stack.callback(_end, pidfd)
-        _limit(first, limits)
         with _control_groups(first, limits):
-            go.write(b"g")
+            with suppress(BrokenPipeError):  # it failed meanwhile, which its status will say
+                go.write(b"g")
             run = _Run(outer, first, limits)
             killed_by = run.watch()
             _end(pidfd)
-            return run.result(killed_by)
+            result = run.result(killed_by)
+        # An exit code of bubblewrap's own, for namespaces it could not finish, is not the program's.
+        if result.killed_by is None and b'"exit-code"' not in told.read():
+            raise _cannot((result.stderr.strip().splitlines() or ["bubblewrap said nothing"])[-1][:200])
+        return result
 
 
 # ---- what the program sees ---------------------------------------------------------------------------------------
@@ -283,8 +288,8 @@ def _first_process(outer: "subprocess.Popen[bytes]", told: IO[bytes]) -> int:
         ready, _, _ = select.select([told], [], [], max(0.0, end - time.monotonic()))
         piece = os.read(told.fileno(), 4096) if ready else b""
         text += piece
-        with suppress(ValueError):
-            return int(json.loads(text)["child-pid"])
+        if text.endswith(b"\n"):
+            return int(json.loads(text.splitlines()[0])["child-pid"])
         if not piece:
             raise ValueError("bubblewrap did not say which process it started")
 
@@ -293,7 +298,7 @@ def _refusal(outer: "subprocess.Popen[bytes]") -> SandboxError:
     outer.kill()
     _, said = outer.communicate()
     lines = said.decode(errors="replace").strip().splitlines() or ["it did not start in time"]
-    return _cannot(lines[0][:200])
+    return _cannot(lines[-1][:200])
 
 
 def _cannot(why: str) -> SandboxError:
