@@ -91,6 +91,12 @@ ESCAPES = {
     "leave by a set-user-id file": "import os, subprocess; open('sh', 'w').write('#!/program.py'); os.chown('sh', 0, 0); print('ESCAPED')",
     "trace the first process": "import ctypes; ctypes.CDLL(None).ptrace(16, 1, None, None) == 0 and print('ESCAPED')",
     "trace our process": "import ctypes; ctypes.CDLL(None).ptrace(16, PARENT, None, None) == 0 and print('ESCAPED')",
+    "trace its own child": "import ctypes, os, time\nc = os.fork()\nif c == 0: time.sleep(0.5); os._exit(0)\n"
+    "ctypes.CDLL(None).ptrace(16, c, None, None) == 0 and print('ESCAPED')",
+    "hold memory in files without names": "import os; os.memfd_create('x'); print('ESCAPED')",
+    "hold memory in segments of no process": "import ctypes; ctypes.CDLL(None).shmget(0, 10**7, 0o1600) >= 0 and print('ESCAPED')",
+    "use the kernel's keys": "import ctypes; ctypes.CDLL(None).syscall(250, 0, -4, 1) >= 0 and print('ESCAPED')",
+    "make calls by their other numbers": "import ctypes; ctypes.CDLL(None).syscall(2**30 + 39) > 0 and print('ESCAPED')",
     "kill our process": "import os; os.kill(PARENT, 0); print('ESCAPED')",
     "kill everything else": "import os, signal; os.kill(-1, 0); print('ESCAPED')",
     "raise its limits": "import resource as r; r.setrlimit(r.RLIMIT_DATA, (r.RLIM_INFINITY, r.RLIM_INFINITY)); print('ESCAPED')",
