@@ -384,7 +384,11 @@ def _control_groups(process: int, limits: SandboxLimits) -> Iterator[None]:
             above = control_group(controller)
             if above is None:
                 continue
-            group = above / f"qvl-{secrets.token_hex(8)}"
+            for left in above.glob("qvl-*-*"):  # by a caller that was killed
+                if not Path("/proc", left.name.split("-")[1]).exists():
+                    with suppress(OSError):
+                        left.rmdir()
+            group = above / f"qvl-{os.getpid()}-{secrets.token_hex(8)}"
             with suppress(OSError):
                 group.mkdir()
                 made.append(group)
