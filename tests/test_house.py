@@ -82,7 +82,7 @@ def test_the_floors_that_learn_and_serve_stand_on_four_packages() -> None:
 def packages(requirements: list[str]) -> set[str]:
     """The import names of what pip is asked for."""
     names = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn", "scikit-image": "skimage"}
-    names["liger-kernel"] = "liger_kernel"
+    names |= {"liger-kernel": "liger_kernel", "math-verify": "math_verify"}
     return {names.get(d, d) for d in (re.split(r"[\[<>=!~; ]", r)[0] for r in requirements)}
 
 

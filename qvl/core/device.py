@@ -273,6 +273,43 @@ def _cgroup_folders(controller: str) -> list[Path]:
     return folders
 
 
+def control_group(controller: str) -> Path | None:
+    """The folder of this process's innermost control group for `controller`; None where there is none."""
+    return next(iter(_cgroup_folders(controller)), None)
+
+
+def process_tree(root: int) -> tuple[int, int]:
+    """(tasks, bytes) of process `root` and all below it: their processes and threads, and the memory they hold beside files on disk.
+
+    Files that every user may read, so a process cannot hide by making itself undumpable. Pages that processes share since a fork count
+    once where the kernel says so.
+    """
+    tasks, memory, waiting = 0, 0, [root]
+    while waiting:
+        folder = Path("/proc") / str(waiting.pop())
+        try:
+            for task in (folder / "task").iterdir():
+                tasks += 1
+                waiting += [int(child) for child in (task / "children").read_text().split()]
+            memory += _private_bytes(folder)
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it ended meanwhile; what it left behind belongs to the root next time
+    return tasks, memory
+
+
+def _private_bytes(folder: Path) -> int:
+    kinds = {"RssAnon:", "RssShmem:"}
+    lines = (line.split() for line in (folder / "status").read_text().splitlines())
+    resident = sum(int(line[1]) * 1024 for line in lines if line and line[0] in kinds)
+    if resident < 64 * 1024**2:
+        return resident
+    try:
+        lines = (line.split() for line in (folder / "smaps_rollup").read_text().splitlines())
+        return sum(int(line[1]) * 1024 for line in lines if line and line[0] in ("Pss_Anon:", "Pss_Shmem:"))
+    except OSError:
+        return resident
+
+
 def ask_for_large_pages(tensors: Iterable[Tensor]) -> None:
     """Where Linux gives pages of 2 MiB to those who ask, asks for tensors that nobody has written yet: 1.9 GB of weights are 900 page
     faults then, not 460,000, and loading them takes six tenths of the time. Elsewhere nothing happens; it is advice."""
