@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 from qvl.scoring.boxes3d import OrientedBox, box3d_iou
 from qvl.scoring.detection import Found, Order, Truth, average_precision
+from qvl.scoring.tables import teds
 
 Input = Mapping[str, Any]
 
@@ -34,6 +35,11 @@ def _box3d_iou(row: Input) -> float:
     return box3d_iou(_oriented(row, "a"), _oriented(row, "b"))
 
 
+def _teds(row: Input) -> dict[str, float]:
+    value = teds(_text(row, "answer"), _text(row, "gold"))
+    return {"teds": value.teds, "structure": value.structure}
+
+
 # ---- reading rows -------------------------------------------------------------------------------------------------
 
 
@@ -46,6 +52,11 @@ def _needed(row: Input, key: str, expected: str) -> Any:
 def _wrong(row: Input, key: str, expected: str) -> NoReturn:
     said = repr(row[key])
     raise ValueError(f"the input's {key!r} is {said if len(said) <= 80 else said[:77] + '...'}; expected {expected}.")
+
+
+def _text(row: Input, key: str) -> str:
+    value = _needed(row, key, "a text")
+    return value if isinstance(value, str) else _wrong(row, key, "a text")
 
 
 def _is_number(value: Any) -> bool:
@@ -102,5 +113,6 @@ def _oriented(row: Input, key: str) -> OrientedBox:
 ROWS: dict[str, Callable[[Input], Any]] = {
     "map": _map,
     "box3d_iou": _box3d_iou,
+    "teds": _teds,
 }
 """Scorer -> function of a row's input. An answer never raises; an input without what the scorer needs is a ValueError of one sentence."""
