@@ -7,7 +7,9 @@ from typing import Any, NoReturn
 
 from qvl.scoring.boxes3d import OrientedBox, box3d_iou
 from qvl.scoring.detection import Found, Order, Truth, average_precision
+from qvl.scoring.places import labelled_boxes, overlap, spoken_point
 from qvl.scoring.tables import teds
+from qvl.scoring.times import span_iou
 
 Input = Mapping[str, Any]
 
@@ -40,6 +42,28 @@ def _teds(row: Input) -> dict[str, float]:
     return {"teds": value.teds, "structure": value.structure}
 
 
+def _temporal_iou(row: Input) -> float:
+    start, end = _numbers(row, "span", 2)
+    if not start < end:
+        _wrong(row, "span", "[start, end] in seconds with start < end")
+    return span_iou(_text(row, "answer"), (start, end))
+
+
+def _read_boxes(row: Input) -> list[list[str | float]]:
+    return labelled_boxes(_text(row, "answer"))
+
+
+def _box_iou(row: Input) -> float:
+    return overlap(_numbers(row, "a", 4), _numbers(row, "b", 4))
+
+
+def _point_in_box(row: Input) -> float:
+    """1 if the one point of the answer lies in the box, edges included."""
+    x1, y1, x2, y2 = _numbers(row, "box", 4)
+    point = spoken_point(_text(row, "answer"))
+    return float(point is not None and x1 <= point[0] <= x2 and y1 <= point[1] <= y2)
+
+
 # ---- reading rows -------------------------------------------------------------------------------------------------
 
 
@@ -57,6 +81,12 @@ def _wrong(row: Input, key: str, expected: str) -> NoReturn:
 def _text(row: Input, key: str) -> str:
     value = _needed(row, key, "a text")
     return value if isinstance(value, str) else _wrong(row, key, "a text")
+
+
+def _numbers(row: Input, key: str, length: int) -> tuple[float, ...]:
+    expected = f"{length} finite numbers"
+    value = _needed(row, key, expected)
+    return tuple(map(float, value)) if _is_numbers(value, length) else _wrong(row, key, expected)
 
 
 def _is_number(value: Any) -> bool:
@@ -114,5 +144,9 @@ ROWS: dict[str, Callable[[Input], Any]] = {
     "map": _map,
     "box3d_iou": _box3d_iou,
     "teds": _teds,
+    "temporal_iou": _temporal_iou,
+    "read_boxes": _read_boxes,
+    "box_iou": _box_iou,
+    "point_in_box": _point_in_box,
 }
 """Scorer -> function of a row's input. An answer never raises; an input without what the scorer needs is a ValueError of one sentence."""

@@ -1,4 +1,4 @@
-"""Tables against tables: TEDS and its structure-only form as PubTabNet defines them, of HTML and Markdown. The one place of apted and lxml."""
+"""TEDS of tables in HTML and Markdown, with and without text, as PubTabNet defines it: the one place that needs apted and lxml."""
 
 import html
 import re
@@ -41,7 +41,8 @@ def teds(answer: str, gold: str) -> Teds:
     (thought not counted), a Markdown table where there is no HTML; its first row is a head where the other table has one. Two empty
     texts give 1, one without a table 0.
 
-    Trees beyond MAX_PAIRS, MAX_RENAMES or MAX_EDITS are compared as lists of nodes in reading order, where any change of a cell costs 1: an estimate.
+    Trees beyond MAX_PAIRS, MAX_RENAMES or MAX_EDITS are compared as lists of nodes in reading order, where any change of a cell costs 1:
+    an estimate.
 
     ValueError where `gold` is not empty and holds no table.
     """
@@ -62,8 +63,8 @@ def teds(answer: str, gold: str) -> Teds:
     for node in (*_nodes(said), *_nodes(right)):
         node.content = ()
     bare, is_bare_estimate = _distance(said, right)
-    values = (max(0.0, min(1.0, 1.0 - distance / most)) for distance in (whole, bare))
-    return Teds(*values, is_estimate or is_bare_estimate)
+    value, structure = (max(0.0, min(1.0, 1.0 - distance / most)) for distance in (whole, bare))
+    return Teds(value, structure, is_estimate or is_bare_estimate)
 
 
 @dataclass(eq=False)
@@ -132,7 +133,7 @@ def _tree_distance(one: _Node, two: _Node) -> float:
     calls = edits = 0
 
     class Costs(Config):
-        def rename(self, node1: _Node, node2: _Node) -> float:
+        def rename(self, node1: _Node, node2: _Node) -> Any:
             nonlocal calls, edits
             calls += 1
             if calls > MAX_RENAMES:
@@ -183,14 +184,14 @@ def _table(text: str, other: _Node | None) -> _Node | None:
         if not text:
             return None
     try:
-        from lxml import etree
+        from lxml.etree import ParserError, XMLSyntaxError  # pyright: ignore[reportAttributeAccessIssue]
         from lxml.html import HTMLParser, document_fromstring
     except ImportError:
         raise ValueError("tables are read by lxml, which is not installed; run: pip install 'qvl[eval]'") from None
     source = text[text.lower().index("<table") :].replace("\0", "").encode("utf-8", "replace")
     try:
         page = document_fromstring(source, HTMLParser(encoding="utf-8", remove_comments=True, remove_pis=True))
-    except (etree.ParserError, etree.XMLSyntaxError):
+    except (ParserError, XMLSyntaxError):
         return None
     table = page.find(".//table")
     return None if table is None else _tree(table)
