@@ -153,19 +153,23 @@ FENCE = re.compile(r"```[A-Za-z]*[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 FARTHEST = 1e6
 """Of a coordinate in an answer: a thousand pictures away."""
 LENGTHS = {"bbox_2d": 4, "point_2d": 2, "bbox_3d": 9}
+ALIASES = {"bbox": "bbox_2d"}
+"""Keys that models write for another; read, by the lenient reader, only where that other is not there."""
+_JSON_WORD = re.compile(r"(?<=[\[:,\s])(null|true|false)(?=\s*[,}\]])")
+_PYTHON_WORDS = {"null": "None", "true": "True", "false": "False"}
 
 
-def read_boxes(text: str, space: Space = "relative1000") -> Boxes:
+def read_boxes(text: str, space: Space = "relative1000", *, lenient: bool = False) -> Boxes:
     """Places in a model's answer. The space is declared by the caller, never guessed from the numbers.
 
     Reads lists inside ```json fences where there are any, else anywhere in the text. A list that was cut off gives its
     complete objects. Single quotes and trailing commas are accepted; an object that cannot be read for sure is left out
-    and named in `problems`.
+    and named in `problems`. `lenient` also takes the key "bbox" for "bbox_2d", and JSON's null, true and false among single quotes.
     """
     blocks = [match[1] for match in FENCE.finditer(text)]
-    found = [_read_block(block) for block in blocks]
+    found = [_read_block(block, lenient) for block in blocks]
     if not any(items or problems for items, problems, _ in found):
-        found = [_read_block(text)]
+        found = [_read_block(text, lenient)]
     return Boxes(
         items=tuple(item for items, _, _ in found for item in items),
         space=space,
@@ -174,17 +178,19 @@ def read_boxes(text: str, space: Space = "relative1000") -> Boxes:
     )
 
 
-def _read_block(text: str) -> tuple[list[Place], list[str], bool]:
+def _read_block(text: str, lenient: bool) -> tuple[list[Place], list[str], bool]:
     items: list[Place] = []
     problems: list[str] = []
     objects, is_open = _innermost_objects(text)
     for source in objects:
-        if not any(key in source for key in LENGTHS):
+        if not any(key in source for key in (*LENGTHS, *(ALIASES if lenient else ()))):
             continue
-        data = _read_object(source)
+        data = _read_object(source, lenient)
         if data is None:
             problems.append(f"This is no JSON object: {_short(source)}.")
             continue
+        if lenient:
+            data = {key if (name := ALIASES.get(key, key)) in data else name: value for key, value in data.items()}
         for key, length in LENGTHS.items():
             if key not in data:
                 continue
@@ -233,16 +239,21 @@ def _ends_single_quoted(text: str, at: int) -> bool:
     return following in (":", ",", "}", "]", "")
 
 
-def _read_object(source: str) -> Mapping[str, Any] | None:
+def _read_object(source: str, lenient: bool) -> Mapping[str, Any] | None:
     if len(source) > 20_000:  # a place is short; the readers below are recursive
         return None
-    for read in (json.loads, ast.literal_eval):
+    for read in (json.loads, ast.literal_eval, *((_read_mixed,) if lenient else ())):
         try:
             data = read(source)
         except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
             continue
         return data if isinstance(data, Mapping) else None
     return None
+
+
+def _read_mixed(source: str) -> Any:
+    """A Python dictionary with JSON's null, true or false in it."""
+    return ast.literal_eval(_JSON_WORD.sub(lambda match: _PYTHON_WORDS[match[0]], source))
 
 
 def _numbers(value: Any, length: int) -> tuple[float, ...] | None:

@@ -1,5 +1,6 @@
 """Scorers of boxes and points, in thousandths of the picture; a malformed box earns nothing."""
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -77,6 +78,31 @@ def point_in_box(answer: str, truth: Truth) -> float:
         return 0.0
     x, y = distinct.pop()
     return float(max(x1, 0) <= x <= min(x2, SCALE) and max(y1, 0) <= y <= min(y2, SCALE))
+
+
+def labelled_boxes(answer: str) -> list[list[str | float]]:
+    """[label, x1, y1, x2, y2] of every box in the answer in order, edges as they are written; the label is "" where there is none."""
+    found = read_boxes(final_text(answer) or "", lenient=True)
+    return [[item.label or "", *item.numbers] for item in found if isinstance(item, Box)]
+
+
+def spoken_point(answer: str) -> tuple[float, float] | None:
+    """The one point of the answer: its `point_2d`, else a "coordinate" as the tool for screens takes it, else a lone pair in brackets.
+
+    None when there is none, or two that differ.
+    """
+    final = final_text(answer) or ""
+    found = {(item.x, item.y) for item in read_boxes(final) if isinstance(item, Point)}
+    for pattern in (_COORDINATE, _PAIR):
+        found = found or {(float(match[1]), float(match[2])) for match in pattern.finditer(final)}
+    return found.pop() if len(found) == 1 else None
+
+
+_SPOKEN = r"(-?\d{1,6}(?:\.\d{1,10})?)"
+_COORDINATE = re.compile(
+    rf"[\"'](?:coordinate|point|click|position)[\"']\s{{0,3}}:\s{{0,3}}[\[(]\s{{0,3}}{_SPOKEN}\s{{0,3}},\s{{0,3}}{_SPOKEN}\s{{0,3}}[\])]"
+)
+_PAIR = re.compile(rf"[\[(]\s{{0,3}}{_SPOKEN}\s{{0,3}},\s{{0,3}}{_SPOKEN}\s{{0,3}}[\])]")
 
 
 # ---- what these read, for people -----------------------------------------------------------------------------------

@@ -31,6 +31,22 @@ _SHARED_UNIT = re.compile(
 _NEGATIVE = re.compile(r"(?:(?<=^)|(?<=[\s(\[<:,]))[-\u2212](?=\d)")
 
 
+_OBJECT = re.compile(r"\{[^{}]{1,2000}\}")
+_ONE_TIME = (
+    rf"(?:(?:\d{{1,4}}:){{1,2}}\d{{1,2}}(?:\.\d{{1,6}})?|{_NUMBER})"
+    rf"(?:\s{{0,3}}(?:{_HOURS}|{_MINUTES}|{_SECONDS}|(?:milliseconds?|msecs?|ms)\b)){{0,1}}"
+)
+_JOINED = re.compile(
+    rf"(?<![\w.:])<?{_ONE_TIME}>?\s{{0,3}}(?:,\s{{0,3}})?"
+    r"(?:to|till|until|through|and(?:\s{1,3}(?:it\s{1,3})?(?:ends?|ending|finishes|stops|lasts)(?:\s{1,3}(?:at|by|until))?)?"
+    r"|(?:it\s{1,3})?ends?\s{1,3}at|[-\u2012-\u2015~\u2192]|->)"
+    rf"\s{{0,3}}<?{_ONE_TIME}>?(?![\w:]|\.\d)"
+    rf"|\[\s{{0,3}}{_ONE_TIME}\s{{0,3}},\s{{0,3}}{_ONE_TIME}\s{{0,3}}\]",
+    re.IGNORECASE,
+)
+"""Two times that the words between them make a span."""
+
+
 def temporal(answer: str, truth: Truth) -> float:
     """1 if the one time of the answer is within truth["tolerance"] (half a second) of truth["seconds"]."""
     said = short_answer(answer)
@@ -52,6 +68,33 @@ def temporal_iou(answer: str, truth: Truth) -> float:
         return 0.0
     shared = max(0.0, min(span[1], end) - max(span[0], start))
     return shared / (span[1] - span[0] + end - start - shared)
+
+
+def span_iou(answer: str, span: tuple[float, float]) -> float:
+    """Overlap of the one span in an answer with `span` (seconds, start before end), as a benchmark counts it: a reversed span is put in
+    order, and words around the span may hold other numbers. Two different spans score 0, and so does a span without length.
+    """
+    said = spoken_span(answer)
+    if said is None or said[0] == said[1] or span[0] >= span[1]:
+        return 0.0
+    shared = max(0.0, min(said[1], span[1]) - max(said[0], span[0]))
+    return shared / (said[1] - said[0] + span[1] - span[0] - shared)
+
+
+def spoken_span(answer: str) -> tuple[float, float] | None:
+    """The one span of an answer, earlier time first. Where the text names other numbers too: that of its JSON, else the two times that
+    words such as "to", "until", "and", a dash or brackets join. None when there are none, or two that differ.
+    """
+    short = short_answer(answer)
+    if short is None:
+        return None
+    span = one_span(short)
+    if span is None:
+        objects = [text for match in _OBJECT.finditer(short) if (text := _from_json(match[0]))]
+        joined = objects or [match[0] for match in _JOINED.finditer(unicodedata.normalize("NFKC", short))]
+        spans = {one_span(text) for text in joined}
+        span = spans.pop() if len(spans) == 1 else None
+    return None if span is None else (min(span), max(span))
 
 
 def read_time(answer: str, truth: Truth) -> str | None:
