@@ -27,6 +27,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "use": ("generate", "chat", "serve"),
     "learn": ("train", "ablate", "plan"),
     "data": tuple(f"data_{name}" for name in ("import", "index", "preview", "stats", "verify")),
+    "measure": ("score",),
     "inside": ("init", "convert", "inspect", "parity", "logits", "doctor"),
 }
 FAMILIES = ("data",)
