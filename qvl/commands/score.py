@@ -55,5 +55,3 @@ def read_rows(path: Path) -> Iterator[Any]:
                 yield json.loads(line)
             except (ValueError, RecursionError):
                 yield RowScore(id=None, value=None, path="failed", reason=f"line {number} of {path.name} is no JSON.")
-
-

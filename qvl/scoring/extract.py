@@ -12,6 +12,9 @@ LONGEST = 100_000
 # Spaces are counted in all these, so that a long blank answer costs no more than any other.
 _SAID = re.compile(r"(?:\banswer\s{0,3}(?:is\s{0,3}[:=]?|[:=])|答案\s{0,3}(?:是|为|[:=]))\s{0,3}(?=\S)", re.IGNORECASE)
 
+_LINE = re.compile("[^\\n\\r\\v\\f\\x1c-\\x1e\\x85\\u2028\\u2029]*")
+"""What str.splitlines calls a line."""
+
 
 def final_text(text: str) -> str | None:
     """What stands after the last `</think>`. None when a thought was opened and never closed: there is no answer yet."""
@@ -54,8 +57,16 @@ def short_answer(text: str) -> str | None:
         return None
     if "\\boxed" in final:
         return only(boxes_of(final))
-    said = [line.strip() for m in _SAID.finditer(final) for line in final[m.end() :].splitlines()[:1]]
-    return only(said) if said else final
+    said: str | None = None
+    for match in _SAID.finditer(final):
+        line = _LINE.match(final, match.end())
+        assert line is not None
+        if (
+            said is not None and line[0].strip() != said
+        ):  # at once, so that a long line is not read again at each of its sayings
+            return None
+        said = line[0].strip()
+    return final if said is None else said
 
 
 def one_number(text: str) -> float | None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qvl.core.config import near_miss
+from qvl.outside.sandbox import SandboxError
 from qvl.scoring import rows_places, rows_run, rows_text
 from qvl.scoring.score import ScorePath
 
@@ -29,7 +30,7 @@ def score_row(row: Any) -> RowScore:
     if not isinstance(row, Mapping):
         return RowScore(id=None, value=None, path="failed", reason=f"the row is a {type(row).__name__}, no object.")
     id, name, given = row.get("id"), row.get("scorer"), row.get("input")
-    if name not in ROW_SCORERS:
+    if not isinstance(name, str) or name not in ROW_SCORERS:
         reason = f"there is no scorer {name!r}{near_miss(str(name), ROW_SCORERS)}."
         return RowScore(id=id, value=None, path="failed", reason=reason)
     if not isinstance(given, Mapping):
@@ -37,7 +38,7 @@ def score_row(row: Any) -> RowScore:
         return RowScore(id=id, value=None, path="failed", reason=reason)
     try:
         value = ROW_SCORERS[name](given)
-    except ValueError as error:
+    except (ValueError, SandboxError) as error:
         return RowScore(id=id, value=None, path="failed", reason=str(error))
     if value is None:
         return RowScore(id=id, value=None, path="failed", reason="nothing could be read in the answer.")
