@@ -148,13 +148,18 @@ def visual_keys(sample: Sample, config: ModelConfig) -> tuple[tuple[bytes, ...],
     counts, keys, row, patch = sample.grid_I3.prod(1).tolist(), [], 0, 0
     for number in rows:
         end = patch + sum(counts[row : row + number])
-        patches = sample.patch_PX[patch:end]
-        shapes = (sample.grid_I3[row : row + number].tolist(), tuple(patches.shape), str(patches.dtype))
-        digest = hashlib.blake2b(repr(shapes).encode(), digest_size=32)
-        digest.update(patches.contiguous().numpy().data)
-        keys.append(digest.digest())
+        keys.append(media_key(sample.grid_I3[row : row + number], sample.patch_PX[patch:end]))
         row, patch = row + number, end
     return tuple(keys), rows
+
+
+def media_key(grid_I3: Tensor, patch_PX: Tensor, kind: str = "") -> bytes:
+    """A digest of what the network sees of a visual, so that one size, mode or rate is never taken for another (CVE-2025-46722: a picture
+    of 30x100 was one of 100x30)."""
+    shapes = (kind, grid_I3.tolist(), tuple(patch_PX.shape), str(patch_PX.dtype))
+    digest = hashlib.blake2b(repr(shapes).encode(), digest_size=32)
+    digest.update(patch_PX.contiguous().numpy().data)
+    return digest.digest()
 
 
 def _rows_by_size(sample: Sample, config: ModelConfig) -> tuple[int, ...]:

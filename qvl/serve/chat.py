@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from qvl.engine.request import Request, ThinkingBudget
+from qvl.engine.request import Request, ThinkingBudget, media_key
 from qvl.engine.sampling import Sampling
 from qvl.prompt.media import MediaItem
 from qvl.prompt.message import Message
@@ -14,7 +14,7 @@ from qvl.prompt.openai import messages_from_dicts
 from qvl.prompt.processor import Encoded, Processor
 from qvl.serve.errors import Refusal, safe_sentence
 from qvl.serve.grammar import Grammar, Grammars
-from qvl.serve.media import Kitchen, facts_of, media_key
+from qvl.serve.media import Kitchen, facts_of
 from qvl.serve.protocol import (
     ChatRequest,
     JsonObjectFormat,
@@ -112,7 +112,7 @@ class Cook:
             text_stream=self.served.processor.tokenizer.stream,
             n=asked.n or 1,
             salt=asked.cache_salt or "",
-            media_keys=tuple(media_key(visual) for visual in encoded.visuals),
+            media_keys=tuple(media_key(v.grid_I3, v.patch_PX, v.kind) for v in encoded.visuals),
             media_rows=tuple(len(visual.grid_I3) for visual in encoded.visuals),
             thinking=self._thinking(asked),
             grammar=grammar,

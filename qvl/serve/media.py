@@ -1,6 +1,5 @@
 """Media of a request: fetched only where allowed, decoded in a process that can be killed, within the server's ceilings."""
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -13,7 +12,6 @@ from qvl.outside.workers import WorkerPool
 from qvl.prompt.media import MediaFault, MediaItem
 from qvl.prompt.message import MEDIA, Document, Image, Message, Text, Video
 from qvl.prompt.processor import Processor
-from qvl.prompt.visual import Visual
 from qvl.serve.errors import Refusal, gone, safe_sentence
 from qvl.serve.limits import Limits
 
@@ -136,15 +134,6 @@ class Kitchen:
         except HostRefused as error:
             # One sentence for all: which names exist inside is nobody's business either.
             raise MediaError("this server may not fetch from that host; send the file itself as a data URI.") from error
-
-
-def media_key(visual: Visual) -> bytes:
-    """A digest of what the network sees of it, so that one size, mode or rate is never taken for another (CVE-2025-46722: a picture
-    of 30x100 was one of 100x30)."""
-    shapes = (visual.kind, visual.grid_I3.tolist(), tuple(visual.patch_PX.shape), str(visual.patch_PX.dtype))
-    digest = hashlib.blake2b(repr(shapes).encode(), digest_size=32)
-    digest.update(visual.patch_PX.contiguous().numpy().data)
-    return digest.digest()
 
 
 def _media_of(messages: Sequence[Message]) -> Iterator[tuple[str, Image | Video | Document]]:
